@@ -1,0 +1,34 @@
+"""Tests run on CPU unless `--rpa-device` says otherwise; what needs other hardware is counted as skipped."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before jax is imported: a CUDA plugin or libtpu without its device would warn, and warnings are errors here.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def _missing(item: pytest.Item) -> str | None:
+    """Why this machine cannot run `item`, or None."""
+    if "slow" in item.keywords and not item.config.getoption("--slow"):
+        return "minutes long: run with --slow"
+    for chip in ("gpu", "tpu"):
+        if chip in item.keywords:
+            import jax
+
+            if jax.default_backend() != chip:
+                return f"needs a {chip.upper()}: run by hand on one with JAX_PLATFORMS={'cuda' if chip == 'gpu' else chip}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reason = _missing(item)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))

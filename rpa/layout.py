@@ -1,0 +1,108 @@
+"""What a row sees and which rows a sequence owns: the contract's arithmetic, and its traced form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rpa.signature import Inputs, Signature
+
+
+def visible(position, context_len, window: int | None):
+    """The keys a row sees, as a half-open interval `[lo, hi)`; empty when `hi <= lo`.
+
+    Args:
+        position: the row's position in its sequence, `context_len - q_len + i`; may be negative.
+        context_len: tokens in the cache, the row's own included.
+        window: keys kept, the row's own included; `None` keeps all.
+
+    >>> visible(5, 8, None), visible(5, 8, 2)
+    ((0, 6), (4, 6))
+    """
+    lo = 0 if window is None else position - window + 1
+    return lo * (lo > 0), position + 1  # clips at 0 for ints, NumPy and traced values alike
+
+
+class Ragged(NamedTuple):
+    """Metadata a kernel can trust: dead and invalid sequences own no rows and no keys, page ids lie in the pool."""
+
+    start: jax.Array  # int32 [S], first query row
+    stop: jax.Array  # int32 [S], one past the last; == start where dead or invalid
+    context: jax.Array  # int32 [S], 0 where dead or invalid
+    tables: jax.Array  # int32 [S, pages_per_seq], clamped into [0, P)
+    valid: jax.Array  # bool [S], False for invalid live sequences, True for dead ones
+    bad_stop: jax.Array  # int32 [S], one past the last row of an invalid sequence; == start elsewhere
+    live_rows: jax.Array  # int32 [], one past the last row any sequence owns
+
+
+def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
+    """Turn traced metadata into `Ragged`, so that nothing outside `kv_pages` is ever addressed.
+
+    A live sequence is invalid when its context is negative or past the table's capacity, when its offsets
+    decrease, pass the last query row or start before an earlier offset's maximum, or when a page that some of its
+    rows see lies outside the pool. It then owns the rows that no earlier offset claimed, and they become NaN.
+    """
+    total = signature.num_tokens
+    count = jnp.clip(inputs.num_seqs[0], 0, signature.max_seqs)
+    live = jnp.arange(signature.max_seqs) < count
+    begin = jnp.where(live, inputs.query_start_loc[:-1], 0)
+    end = jnp.where(live, inputs.query_start_loc[1:], 0)
+    # Rows below every earlier offset are taken: garbage offsets cannot make two sequences write one row.
+    start = jnp.clip(jax.lax.cummax(begin), 0, total)
+    stop = jnp.clip(end, start, total)
+    context = jnp.where(live, inputs.context_lens, 0)
+    valid = (
+        (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
+    )
+    tables = inputs.block_tables
+    in_pool = (tables >= 0) & (tables < signature.num_pages)
+    valid &= jnp.all(in_pool | ~_live_entries(start, stop, context, signature), axis=1)
+    valid |= ~live
+    runs = live & valid
+    owned = jnp.where(live, stop, start)
+    return Ragged(
+        start=start,
+        stop=jnp.where(runs, stop, start),
+        context=jnp.where(runs, context, 0),
+        tables=jnp.clip(tables, 0, signature.num_pages - 1),
+        valid=valid,
+        bad_stop=jnp.where(live & ~valid, stop, start),
+        live_rows=jnp.max(owned, initial=0),
+    )
+
+
+def _live_entries(start, stop, context, signature: Signature):
+    """bool [S, pages_per_seq]: the entries whose page holds a key that some row of the sequence sees."""
+    first = jnp.maximum(context - (stop - start), 0)  # the first row's position
+    low = (
+        first * 0
+        if signature.sliding_window is None
+        else jnp.maximum(first - signature.sliding_window + 1, 0)
+    )
+    column = jnp.arange(signature.pages_per_seq)[None, :] * signature.page_size
+    seen = (column < context[:, None]) & (column + signature.page_size > low[:, None])
+    return seen & (stop > start)[:, None]
+
+
+def finish(output, lse, inputs: Inputs, signature: Signature, ragged: Ragged):
+    """Give the rows that no sequence owns their 0 and -inf, and the rows of invalid sequences their NaN.
+
+    Args:
+        output: [T, Hq, D]; lse: float32 [T, Hq] or None.
+    """
+    del inputs
+    owned = _covered(ragged.start, ragged.stop, signature.num_tokens)
+    bad = _covered(ragged.start, ragged.bad_stop, signature.num_tokens)
+    fill = jnp.where(bad, jnp.nan, 0.0)
+    output = jnp.where(owned[:, None, None], output, fill.astype(output.dtype)[:, None, None])
+    if lse is not None:
+        lse = jnp.where(owned[:, None], lse, jnp.where(bad, jnp.nan, -jnp.inf)[:, None])
+    return output, lse
+
+
+def _covered(start, stop, rows: int):
+    """bool [rows]: inside one of the half-open intervals, which do not overlap."""
+    delta = jnp.zeros(rows + 1, jnp.int32).at[start].add(1).at[stop].add(-1)
+    return jnp.cumsum(delta)[:rows] > 0
