@@ -54,7 +54,8 @@ def ragged_page_attention_v2(
         softmax_aux: [Hq] attention sinks, one logit a query head, in the denominator only.
         softmax_scale: multiplies q . k; `D ** -0.5` by default.
         logits_soft_cap: cap in `cap * tanh(x / cap)`; None leaves logits as they are.
-        compute_dtype: what the operands of the two dot products are rounded to; accumulation is f32.
+        compute_dtype: what the operands of the two dot products are rounded to, None for the queries' own dtype;
+            accumulation is f32.
         optimized: lets a backend schedule by the whole batch, giving up batch invariance.
         sliding_window: keys a row sees, its own included; None keeps all.
         mask_value: accepted for compatibility; masked keys weigh exactly 0 whatever it is.
@@ -149,7 +150,7 @@ def _signature(inputs: Inputs, options: tuple) -> Signature:
         pages_per_seq=pages_per_seq,
         q_dtype=inputs.queries.dtype.name,
         kv_dtype=inputs.kv_pages.dtype.name,
-        compute_dtype=rules.compute_dtype_of(compute_dtype),
+        compute_dtype=rules.compute_dtype_of(compute_dtype, inputs.queries.dtype.name),
         sinks=inputs.softmax_aux is not None,
         k_scale=inputs.k_scale is not None,
         v_scale=inputs.v_scale is not None,

@@ -121,7 +121,10 @@ def platform_of(value: Any) -> str:
     return text
 
 
-def compute_dtype_of(value: Any) -> str:
+def compute_dtype_of(value: Any, queries_dtype: str) -> str:
+    """The dtype the dots' operands are rounded to; None means the queries' own."""
+    if value is None:
+        return queries_dtype
     try:
         name = jnp.dtype(value).name
     except TypeError:
