@@ -1,0 +1,253 @@
+"""The XLA backend: blocked online softmax in while loops whose trip counts are the live work.
+
+A sequence is cut into tiles of query rows, by its own query length only: one row for decode, a few for a short
+query, a large tile otherwise. A loop walks the live tiles of each shape; inside it another walks the blocks of
+pages that the tile's rows see. Nothing is ever as long as a context, and dead rows, sequences and pages are never
+visited. The blocks of a tile start at the page its window starts in, so a sequence's arithmetic depends on nothing
+but itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rpa import layout, numerics
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
+from rpa.layout import Ragged
+from rpa.registry import Implementation
+from rpa.signature import Inputs, Signature
+
+
+class Tile(NamedTuple):
+    """One shape of work, and the query lengths it serves."""
+
+    rows: int  # query rows
+    pages: int  # pages a block
+    shortest: int  # query lengths shortest..longest take this shape
+    longest: int
+
+
+class Item(NamedTuple):
+    """One tile of one sequence, traced."""
+
+    first_row: jax.Array  # int32 [], row in `queries` of the tile's first row
+    rows: jax.Array  # int32 [], live rows
+    position: jax.Array  # int32 [], position of the first row, may be negative
+    sequence: jax.Array  # int32 []
+
+
+class Softmax(NamedTuple):
+    """Running maximum, sum and weighted values, f32 whatever the dtypes."""
+
+    m: jax.Array  # [Hkv, rows, group]
+    l: jax.Array  # [Hkv, rows, group]
+    acc: jax.Array  # [Hkv, rows, group, D]
+
+
+def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
+    """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
+    ragged = layout.sanitize(inputs, signature)
+    if signature.num_pages == 0:  # no live sequence can see a key, yet a gather needs a page to name
+        inputs = inputs._replace(kv_pages=jnp.zeros((1, *inputs.kv_pages.shape[1:]), inputs.kv_pages.dtype))
+    shape = (signature.num_tokens, signature.num_q_heads)
+    output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
+    lse = jnp.full(shape, -jnp.inf, jnp.float32)
+    for tile in tiles(signature, config):
+        output, lse = _sweep(tile, inputs, signature, ragged, output, lse)
+    output, lse = layout.finish(output, lse, inputs, signature, ragged)
+    return output, lse if signature.return_lse else None
+
+
+def tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Tile, ...]:
+    """The tile shapes of a program, shortest queries first; together they serve every query length once."""
+    most = signature.num_tokens
+    pages = config.num_kv_pages_per_block or 8
+    bounds = (config.option("short_rows", 8), config.num_queries_per_block or 64)
+    shapes = [Tile(1, pages, 1, 1)]
+    for rows in bounds:
+        shortest = shapes[-1].longest + 1
+        if shortest <= most:
+            longest = most if rows == bounds[-1] else min(rows, most)
+            shapes.append(Tile(min(rows, most), pages, shortest, longest))
+    return tuple(shape._replace(pages=min(shape.pages, signature.pages_per_seq)) for shape in shapes)
+
+
+def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, output, lse):
+    """Run every live tile of one shape and store its rows."""
+    length = ragged.stop - ragged.start
+    served = (length >= tile.shortest) & (length <= tile.longest)
+    ends = jnp.cumsum(jnp.where(served, -(-length // tile.rows), 0))  # [S], items up to and with a sequence
+
+    def body(index, carry):
+        sequence = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+        before = jnp.where(sequence > 0, ends[jnp.maximum(sequence - 1, 0)], 0)
+        offset = (index - before) * tile.rows
+        item = Item(
+            first_row=ragged.start[sequence] + offset,
+            rows=jnp.minimum(tile.rows, length[sequence] - offset),
+            position=ragged.context[sequence] - length[sequence] + offset,
+            sequence=sequence,
+        )
+        out, row_lse = _close(_attend(tile, item, inputs, signature), inputs, signature)
+        return _store(tile, item, carry, (out, row_lse))
+
+    return lax.fori_loop(0, ends[-1], body, (output, lse))
+
+
+def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Softmax:
+    """Fold every block of pages that some row of the tile sees."""
+    heads, group, dim = signature.num_kv_heads, signature.group, signature.head_dim
+    row = jnp.arange(tile.rows)
+    position = item.position + row
+    low, high = layout.visible(position, None, signature.sliding_window)
+    low = jnp.broadcast_to(low, position.shape)
+    high = jnp.where(row < item.rows, high, 0)  # [rows]; a row past the tile's last sees nothing
+    stop = item.position + item.rows  # one past the last key any row sees
+    first_page = low[0] // signature.page_size
+    block = tile.pages * signature.page_size
+    queries = _load_queries(tile, item, inputs, signature)
+
+    def body(index, state: Softmax) -> Softmax:
+        page = first_page + index * tile.pages
+        key = page * signature.page_size + jnp.arange(block)
+        readable = (key >= low[0]) & (key < stop)  # [block]; other slots may hold anything
+        keys, values = _load_block(tile, item, page, readable, inputs, signature)
+        seen = (key >= low[:, None]) & (key < high[:, None])  # [rows, block]
+        z = _logits(queries, keys, inputs, signature).reshape(heads, tile.rows, group, block)
+        return _fold(state, z, seen[:, None], values, signature)
+
+    start = Softmax(
+        m=jnp.full((heads, tile.rows, group), -jnp.inf),
+        l=jnp.zeros((heads, tile.rows, group)),
+        acc=jnp.zeros((heads, tile.rows, group, dim)),
+    )
+    blocks = -(-(stop - first_page * signature.page_size) // block)
+    return lax.fori_loop(0, jnp.maximum(blocks, 0), body, start)
+
+
+def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
+    """[Hkv, rows * group, D] operands; a row past the last query repeats it and is never stored."""
+    row = jnp.minimum(item.first_row + jnp.arange(tile.rows), signature.num_tokens - 1)
+    q = inputs.queries[row].reshape(tile.rows, signature.num_kv_heads, signature.group, signature.head_dim)
+    q = q.transpose(1, 0, 2, 3).reshape(signature.num_kv_heads, -1, signature.head_dim)
+    return _operand(q, signature)
+
+
+def _load_block(tile: Tile, item: Item, page, readable, inputs: Inputs, signature: Signature):
+    """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
+    column = jnp.minimum(page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
+    ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, max(signature.num_pages - 1, 0))
+    heads, dim = signature.num_kv_heads, signature.head_dim
+    # Indexed by page id: a flattened element offset would not fit 32 bits in a large pool.
+    stored = jnp.take(inputs.kv_pages, ids, axis=0, mode="clip").reshape(-1, heads, 2, dim)
+    keys, values = stored[:, :, 0].transpose(1, 0, 2), stored[:, :, 1].transpose(1, 0, 2)
+    values = jnp.where(readable[None, :, None], _operand(values, signature), 0)
+    return _operand(keys, signature), values
+
+
+def _operand(x, signature: Signature):
+    """A dot operand in compute_dtype."""
+    return x.astype(signature.compute_dtype)
+
+
+def _dot(a, b, contract: tuple[int, int], signature: Signature):
+    """Batched over axis 0, accumulated in f32."""
+    exact = signature.compute_dtype != "bfloat16"  # f32 must not be cut to tf32 or bf16 passes
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((0,), (0,))),
+        precision=lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _logits(queries, keys, inputs: Inputs, signature: Signature):
+    """Scaled, capped logits, f32 [Hkv, rows * group, block]; the scale is applied after the dot, in f32."""
+    scale = jnp.float32(signature.softmax_scale)
+    if inputs.k_scale is not None:
+        scale = (scale * inputs.k_scale)[:, None, None]
+    x = _dot(queries, keys, (2, 2), signature) * scale
+    cap = signature.logits_soft_cap
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _fold(state: Softmax, z, seen, values, signature: Signature) -> Softmax:
+    """One step of the online softmax; z [Hkv, rows, group, block], seen broadcastable to it."""
+    z = jnp.where(seen, z, -jnp.inf)
+    m = jnp.maximum(state.m, jnp.max(z, axis=-1))
+    base = jnp.where(m == -jnp.inf, 0.0, m)  # nothing seen yet: exp(-inf - 0) is 0, -inf - -inf is not
+    p = jnp.exp(z - base[..., None])
+    keep = jnp.exp(state.m - base)
+    heads, rows, group, block = z.shape
+    weights = _operand(p.reshape(heads, rows * group, block), signature)
+    update = _dot(weights, values, (2, 1), signature).reshape(state.acc.shape)
+    return Softmax(m=m, l=state.l * keep + jnp.sum(p, axis=-1), acc=state.acc * keep[..., None] + update)
+
+
+def _close(state: Softmax, inputs: Inputs, signature: Signature):
+    """Add the sinks, divide, and put heads back beside each other: f32 [rows, Hq, D] and [rows, Hq]."""
+    m, l = state.m, state.l
+    if inputs.softmax_aux is not None:
+        sink = inputs.softmax_aux.reshape(signature.num_kv_heads, 1, signature.group)
+        top = jnp.maximum(m, sink)
+        base = jnp.where(top == -jnp.inf, 0.0, top)
+        keep = jnp.exp(m - base)
+        m, l = top, l * keep + jnp.exp(sink - base)
+        out = state.acc * (keep / jnp.where(l > 0, l, 1.0))[..., None]
+    else:
+        out = state.acc / jnp.where(l > 0, l, 1.0)[..., None]
+    if inputs.v_scale is not None:
+        out = out * inputs.v_scale[:, None, None, None]
+    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1.0)), -jnp.inf)
+    rows = out.shape[1]
+    out = out.transpose(1, 0, 2, 3).reshape(rows, signature.num_q_heads, signature.head_dim)
+    return out, lse.transpose(1, 0, 2).reshape(rows, signature.num_q_heads)
+
+
+def _store(tile: Tile, item: Item, carry, result):
+    """Write the tile's live rows in place; the slice may not pass the last row, so it slides back over others'."""
+    at = jnp.minimum(item.first_row, carry[0].shape[0] - tile.rows)
+    row = at - item.first_row + jnp.arange(tile.rows)  # of the tile
+    mine = (row >= 0) & (row < item.rows)
+    stored = []
+    for whole, part in zip(carry, result, strict=True):
+        shape = (tile.rows,) + (1,) * (part.ndim - 1)
+        fresh = part[jnp.clip(row, 0, tile.rows - 1)].astype(whole.dtype)
+        old = lax.dynamic_slice_in_dim(whole, at, tile.rows)
+        stored.append(
+            lax.dynamic_update_slice_in_dim(whole, jnp.where(mine.reshape(shape), fresh, old), at, 0)
+        )
+    return tuple(stored)
+
+
+def _supports(signature: Signature, device: Device) -> str | None:
+    return None
+
+
+def _heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
+    pages = max(1, min(256 // signature.page_size, signature.pages_per_seq))
+    return RaggedPageAttentionv2Config(pages, min(64, max(signature.num_tokens, 1)), platform="xla")
+
+
+def _candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
+    return (_heuristic(signature, device),)
+
+
+def _claim(signature: Signature, device: Device) -> dict[str, Any]:
+    return numerics.claim(signature, device, block=signature.page_size)
+
+
+BACKEND = Implementation(
+    name="xla",
+    run=run,
+    supports=_supports,
+    heuristic=_heuristic,
+    candidates=_candidates,
+    claim=_claim,
+)
