@@ -4,6 +4,22 @@ Reading order: `case`, `attend`, `bound`, `verdict`. NumPy and ml_dtypes only; n
 """
 
 from oracle.attend import attend
+from oracle.bound import Analysis, Claim, analyse, default_claim, error_bound, lse_bound, soft_bound
 from oracle.case import Case, visible
+from oracle.verdict import Verdict, compare, judge
 
-__all__ = ["Case", "attend", "visible"]
+__all__ = [
+    "Analysis",
+    "Case",
+    "Claim",
+    "Verdict",
+    "analyse",
+    "attend",
+    "compare",
+    "default_claim",
+    "error_bound",
+    "judge",
+    "lse_bound",
+    "soft_bound",
+    "visible",
+]

@@ -1,0 +1,377 @@
+"""How far any correct kernel may be from the float64 answer: the computed tolerance.
+
+One function per step of the derivation, in its symbols. One row: query q, visible keys j, n of them, head size D,
+scale s, cap c, sink a.
+
+    x = s q.k    z = c tanh(x / c)    m = max(z, a)    L = sum e^(z-m) + e^(a-m)    p = e^(z-m) / L    o = sum p v
+
+A kernel that keeps its `Claim` computes each weight as p (1 + r), |r| <= rho. Weight errors enter numerator and
+denominator alike, so a common factor cancels:
+
+    o^ - o = (sum_j p_j r_j (v_j - o) - o pi r_t) / (1 + sum p r)          exactly
+
+No order of summation is assumed: every block size, split and reduction tree is covered. The running maxima of an
+online softmax telescope, so their roundings sum to u (m - z_j) however many blocks there are.
+
+Three things the short form of the derivation leaves out are kept here, all of them additions to the bound:
+the rounding of the *value* operand (`u_in`, beside `u_p`, in step 5); underflow and flushed subnormals
+(`eta_in`, `TINY`); and, with quantised pages, one more rounding of each key and of each value, wherever the kernel
+applies the scale: to the stored number, to the query or the logit, to the result.
+
+HARD is rigorous. SOFT is its probabilistic form (Ipsen and Zhou; Higham and Mary) and never above it: roundings are
+taken as independent and zero-mean, which random data obey and structured data need not.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from oracle.attend import Block, Solved, blank, blocks, scale_of, solve
+from oracle.case import Case, dtype_of
+
+LAMBDA = 7.5  # of SOFT: an element exceeds it with probability 2 exp(-LAMBDA**2 / 2) = 1.2e-12
+TINY = 2.0**-126  # smallest normal float32: what flushing to zero can take from an intermediate
+LARGEST = float(np.finfo(np.float32).max)  # beyond it an f32 intermediate may overflow, so nothing is claimed
+EXACT_SPREAD = 2**19  # products p |v - o| formed one by one; above, they are bounded by matrix products
+_UNIT = {
+    "float32": 2.0**-24,
+    "bfloat16": 2.0**-8,
+    "float16": 2.0**-11,
+    "float8_e4m3fn": 2.0**-4,
+    "float8_e5m2": 2.0**-3,
+}
+_UNDERFLOW = {"float16": 2.0**-25, "float8_e4m3fn": 2.0**-10, "float8_e5m2": 2.0**-17}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a kernel declares about its arithmetic. All are relative roundoffs but the three `eta`, which are absolute.
+
+    Raises ValueError when a field is negative or not finite, or `block` is below 1.
+    """
+
+    u: float  # accumulation: 2**-24, or 2**-23 where the matrix unit truncates
+    u_in: float  # dot operands (q, k and v): 0 when the stored dtype is what the dots take
+    u_q: float  # the scaled query
+    u_p: float  # the weights fed to P.V
+    u_o: float  # the output
+    eta_p: float  # underflow of the weights
+    eta_o: float  # underflow of the output
+    eps_exp: float
+    eps_tanh: float
+    eps_div: float
+    block: int  # the smallest number of keys between two rescalings
+    rounded_weights_in_sum: bool = False  # the denominator sums the weights as rounded for P.V
+    eta_in: float = TINY  # underflow of dot operands; float16 operands: 2**-25
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"Claim.{field.name} = {value}; it must be finite and >= 0")
+        if self.block < 1:
+            raise ValueError(f"Claim.block = {self.block}; it must be at least 1")
+
+
+class Bounds(NamedTuple):
+    """The bounds of one block."""
+
+    hard: np.ndarray  # [H, R, G, D]
+    soft: np.ndarray  # [H, R, G, D]
+    lse: np.ndarray  # [H, R, G]
+    vacuous: np.ndarray  # bool [H, R, G]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """The answer to a case with its bounds, all over the whole output."""
+
+    output: np.ndarray  # f64 [T, Hq, D]
+    lse: np.ndarray  # f64 [T, Hq]
+    hard: np.ndarray  # f64 [T, Hq, D]; inf where nothing is claimed, 0 where the answer is exact
+    soft: np.ndarray  # f64 [T, Hq, D]
+    lse_bound: np.ndarray  # f64 [T, Hq]
+    vacuous: np.ndarray  # bool [T, Hq]: too ill conditioned for the bound to mean anything
+
+
+def unit_roundoff(dtype: str) -> float:
+    """Half the gap between 1 and the next number of a dtype."""
+    return _UNIT[dtype]
+
+
+def underflow_unit(dtype: str) -> float:
+    """The most that rounding to a dtype loses near zero; float32 and bfloat16 may be flushed."""
+    return _UNDERFLOW.get(dtype, TINY)
+
+
+def default_claim(case: Case) -> Claim:
+    """The claim of a kernel that declares none: everything rounded to the dots' dtype, sums in float32."""
+    stored = [case.queries.dtype.name] + ([] if case.quantised else [case.kv_pages.dtype.name])
+    dots = case.compute_dtype or max(stored, key=unit_roundoff)
+    u_dot = unit_roundoff(dots)
+    scaled = case.k_scale is not None or case.v_scale is not None
+    exact = not scaled and all(
+        name in (dots, *_EXACT_IN[dots]) for name in [*stored, case.kv_pages.dtype.name]
+    )
+    return Claim(
+        u=2.0**-23,
+        u_in=0.0 if exact else u_dot,
+        u_q=u_dot,
+        u_p=u_dot,
+        u_o=unit_roundoff(case.queries.dtype.name),
+        eta_p=underflow_unit(dots),
+        eta_o=underflow_unit(case.queries.dtype.name),
+        eps_exp=2.0**-21,
+        eps_tanh=2.0**-21,
+        eps_div=2.0**-21,
+        block=1,
+        eta_in=underflow_unit(dots),
+    )
+
+
+# Dtypes whose every number another dtype holds exactly.
+_EXACT_IN = {
+    "float32": ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
+    "bfloat16": ("float8_e4m3fn", "float8_e5m2", "int8"),
+    "float16": ("float8_e4m3fn", "float8_e5m2", "int8"),
+}
+
+
+def error_bound(case: Case, claim: Claim) -> np.ndarray:
+    """HARD: f64 `[T, Hq, D]`, the largest error of any kernel that keeps the claim; inf where there is none."""
+    return analyse(case, claim).hard
+
+
+def soft_bound(case: Case, claim: Claim) -> np.ndarray:
+    """SOFT: f64 `[T, Hq, D]`, exceeded on random data with probability 1.2e-12 an element."""
+    return analyse(case, claim).soft
+
+
+def lse_bound(case: Case, claim: Claim) -> np.ndarray:
+    """The largest error of a returned log-sum-exp: f64 `[T, Hq]`."""
+    return analyse(case, claim).lse_bound
+
+
+def analyse(case: Case, claim: Claim) -> Analysis:
+    """The answer and all its bounds in one walk over the case."""
+    output, lse = blank(case)
+    hard, soft = np.zeros(output.shape), np.zeros(output.shape)
+    lse_error, vacuous = np.zeros(lse.shape), np.zeros(lse.shape, bool)
+    with np.errstate(over="ignore", invalid="ignore"):  # live inf and NaN have an answer too; see verdict
+        for block in blocks(case):
+            solved = solve(block)
+            bounds = bound_block(block, solved, claim)
+            block.scatter(solved.output, output)
+            block.scatter(solved.lse, lse)
+            block.scatter(bounds.hard, hard)
+            block.scatter(bounds.soft, soft)
+            block.scatter(bounds.lse, lse_error)
+            block.scatter(bounds.vacuous, vacuous)
+    return Analysis(output, lse, hard, soft, lse_error, vacuous)
+
+
+def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
+    """Steps 1 to 8 for one block, HARD and SOFT side by side."""
+    n = block.mask.sum(axis=-1)  # [R, 1]
+    B = np.ceil(n / claim.block) + 1
+    dx, dx_soft = logit_error(block, solved, claim)
+    rho = weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
+    rho_soft = weight_error(capped_error(block, solved, dx_soft, claim), solved, B, claim)
+    rho_sink = sink_error(block, solved, B, claim)
+    w = solved.p * rho
+    private = solved.p + w
+    shared, shared_soft, lost = shared_error(block, solved, w, solved.p * rho_soft, rho_sink, n, claim)
+    own, own_soft = private_error(block, solved, private, n, B, claim)
+    moved = w.sum(axis=-1) + solved.pi * rho_sink + lost  # how far the denominator may move
+    th, th_soft = divide_error(n, B, claim)
+    hard = divided(solved, shared + own, moved, th)
+    soft = divided(solved, shared_soft + own_soft, moved, th_soft)
+    hard, soft = (rounded(block, solved, e, n, claim) for e in (hard, np.minimum(soft, hard)))
+    return Bounds(hard, soft, lse_error(solved, moved, th, claim), (moved > 0.5) & (n > 0))
+
+
+def gamma(k, u: float):
+    """Higham's gamma: k roundings of size u compound to at most this; inf when k u >= 1."""
+    ku = np.asarray(k * u)
+    return np.where(ku < 1, ku / np.where(ku < 1, 1 - ku, 1.0), np.inf)
+
+
+def rooted(k, u: float):
+    """`gamma` for SOFT: sqrt(k) roundings, but all k where the unit truncates, for truncation has a bias."""
+    if u > 2.0**-24:
+        return gamma(k, u)
+    return np.minimum(LAMBDA * np.sqrt(k) * u, gamma(k, u))
+
+
+def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
+    """Step 1: dx, the error of a scaled logit."""
+    case, D = block.case, block.case.head_dim
+    s, u = abs(case.scale), claim.u
+    steps = D + 2 + (case.k_scale is not None)
+    q, k = np.abs(block.queries), np.abs(block.keys)
+    factor = (1 + gamma(steps, u)) * (1 + claim.u_q) * (1 + claim.u_in) ** 2 - 1
+    factor_soft = rooted(steps, u) + LAMBDA * (claim.u_q + 2 * claim.u_in)
+    base = 2 * u * np.abs(solved.x) + operand_underflow(block, q, k, claim)
+    magnitude = block.score(q, k)
+    magnitude *= factor * s
+    magnitude += base
+    q *= q
+    norm = np.sqrt(block.score(q, k * k))
+    norm *= factor_soft * s
+    norm += base
+    return magnitude, np.minimum(norm, magnitude)
+
+
+def operand_underflow(block: Block, q: np.ndarray, k: np.ndarray, claim: Claim) -> np.ndarray:
+    """What underflow of operands and products adds to step 1, whether s and k_scale meet q, k or q.k."""
+    case = block.case
+    s = abs(case.scale)
+    ks = np.ones((1, 1, 1)) if case.k_scale is None else np.abs(scale_of(case.k_scale, block.kv_heads))
+    on_k = np.maximum(max(s, 1.0), 1 / np.maximum(ks, TINY))[..., 0]  # [H, 1]
+    lost = s * q.sum(axis=-1)[..., None] + (on_k * k.sum(axis=-1))[:, None, None, :]
+    lost *= claim.eta_in
+    lost += (case.head_dim + 2) * TINY * max(1.0, s) * np.maximum(ks, 1.0)[..., None]
+    return lost
+
+
+def capped_error(block: Block, solved: Solved, dx: np.ndarray, claim: Claim) -> np.ndarray:
+    """Step 2: dz, the error of a logit after the cap; the slope of tanh is taken where it is steepest."""
+    c = block.case.logits_soft_cap
+    if c is None:
+        return dx
+    x = np.abs(solved.x)
+    dx = dx + 2 * claim.u * x
+    nearest = np.minimum(np.maximum(x - dx, 0) / c, 300.0)  # cosh(300)**2 is still finite
+    return dx / np.cosh(nearest) ** 2 + (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z)
+
+
+def weight_error(dz: np.ndarray, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
+    """Step 3: rho, the relative error of a weight."""
+    u, z, m = claim.u, solved.z, solved.m[..., None]
+    delta = np.abs(z)
+    delta *= 2
+    delta -= z
+    delta += m + 2 * np.abs(m)
+    delta *= u
+    delta += dz
+    delta += ((B + 1) * (claim.eps_exp + u))[..., None]
+    np.minimum(delta, 700.0, out=delta)  # e^700 is still finite, and the row vacuous
+    rho = np.expm1(delta, out=delta)
+    if claim.rounded_weights_in_sum:
+        rho += claim.u_p * (1 + rho)
+    return rho
+
+
+def sink_error(block: Block, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
+    """Step 3 for the sink: rho_t; 0 where there is none."""
+    u, a, m = claim.u, block.sinks, solved.m
+    none = np.isneginf(a)
+    a = np.where(none, 0.0, a)
+    delta = u * (np.abs(m - a) + 2 * np.abs(a) + 2 * np.abs(m)) + (B + 2) * (claim.eps_exp + u)
+    return np.where(none, 0.0, np.expm1(np.minimum(delta, 700.0)))
+
+
+def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, n, claim: Claim):
+    """Step 4: C, what weight errors common to numerator and denominator can do; also their underflow."""
+    spread, spread_soft = weighted_spread(block, solved.output, w, w_soft)
+    eta = TINY + (claim.eta_p if claim.rounded_weights_in_sum else 0.0)
+    lost = eta * n / positive(solved.L)
+    o = np.abs(solved.output)
+    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * value_sum(block) / positive(solved.L)[
+        ..., None
+    ]
+    return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor, lost
+
+
+def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray):
+    """`sum_j w |v - o|` and `sqrt(sum_j w_soft^2 (v - o)^2)`, the first from above where it would cost too much.
+
+    The array of all |v - o| has one element per row, head, key and dim. Past EXACT_SPREAD both come from matrix
+    products: the first by the smaller of the Cauchy-Schwarz and the triangle inequality.
+    """
+    v = block.values
+    if w.size * v.shape[-1] <= EXACT_SPREAD:
+        deviation = np.abs(v[:, None, None] - o[..., None, :])  # [H, R, G, N, D]
+        first = np.matmul(w[..., None, :], deviation)[..., 0, :]
+        deviation *= deviation
+        return first, np.sqrt(np.matmul((w_soft * w_soft)[..., None, :], deviation)[..., 0, :])
+    W = w.sum(axis=-1, keepdims=True)
+    triangle = block.mix(w, np.abs(v)) + np.abs(o) * W
+    return np.minimum(np.sqrt(W * second_moment(block, o, w)), triangle), np.sqrt(
+        second_moment(block, o, w_soft * w_soft)
+    )
+
+
+def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`sum_j w (v - o)^2` by matrix products, never below it: what float64 cancels is added back."""
+    v = block.values
+    squares = block.mix(w, v * v)
+    lift = o * o * w.sum(axis=-1, keepdims=True)
+    slack = 4 * (v.shape[1] + 4) * 2.0**-53 * (squares + lift)
+    return np.maximum(squares - 2 * o * block.mix(w, v) + lift, 0) + slack
+
+
+def private_error(block: Block, solved: Solved, private, n, B, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
+    """Step 5: N, errors of the numerator alone: weights and values as rounded for P.V, and its summation."""
+    u = claim.u
+    u_p = 0.0 if claim.rounded_weights_in_sum else claim.u_p
+    eta_p = 0.0 if claim.rounded_weights_in_sum else claim.eta_p
+    steps = n + B + 1 + (block.case.v_scale is not None)
+    operands = (1 + u_p) * (1 + claim.u_in) - 1
+    sums = gamma(steps, u) * (1 + operands)
+    magnitude = block.mix(private, np.abs(block.values))  # sum p (1 + rho) |v|
+    lost = (eta_p * value_sum(block) + TINY * (n + B)[..., None]) / positive(solved.L)[..., None]
+    lost = (1 + operands) * lost + claim.eta_in * private.sum(axis=-1, keepdims=True)
+    hard = (operands + sums)[..., None] * magnitude + lost
+    norm = np.sqrt(block.mix(private * private, block.values * block.values))
+    sums_soft = np.minimum(rooted(steps, u) + 2 * u, sums)
+    soft = LAMBDA * (u_p + claim.u_in) * norm + sums_soft[..., None] * magnitude + lost
+    return hard, np.minimum(soft, hard)
+
+
+def divide_error(n: np.ndarray, B: np.ndarray, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
+    """Step 6: th, the error of the denominator's sum and of the division."""
+    rest = claim.eps_div + 2 * claim.u
+    return gamma(n + B + 1, claim.u) + rest, rooted(n + B + 1, claim.u) + rest
+
+
+def divided(solved: Solved, error: np.ndarray, moved: np.ndarray, th: np.ndarray) -> np.ndarray:
+    """Step 7: the error of the quotient; inf where the denominator could vanish."""
+    left = (1 - moved)[..., None]
+    th = np.broadcast_to(th[..., None], left.shape)
+    safe = (left > 0) & (th < 1)
+    e = error / np.where(safe, left, 1.0)
+    e += (np.abs(solved.output) + e) * np.where(safe, th / np.where(safe, 1 - th, 1.0), 0.0)
+    return np.where(safe, e, np.inf)
+
+
+def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: Claim) -> np.ndarray:
+    """Step 8: the output's own rounding. 0 for a row that sees no key, inf where f32 or the output may overflow."""
+    largest = float(ml_dtypes.finfo(dtype_of(block.case.queries.dtype.name)).max)
+    reach = np.abs(solved.output) + e
+    result = e + claim.u_o * reach + claim.eta_o
+    result = np.where((reach > largest) | (value_sum(block) > LARGEST), np.inf, result)
+    return np.where((n > 0)[..., None], result, 0.0)
+
+
+def lse_error(solved: Solved, moved: np.ndarray, th: np.ndarray, claim: Claim) -> np.ndarray:
+    """The error of m + log(sum): the sum's, the logarithm's (as good as the exponential's), and four roundings."""
+    log_sum = np.abs(np.log(positive(solved.L)))
+    relative = moved * (1 + th) + th
+    safe = relative < 1
+    inner = np.where(safe, -np.log1p(-np.where(safe, relative, 0.0)), np.inf)
+    e = inner + claim.eps_exp * (1 + log_sum) + 4 * claim.u * (np.abs(solved.m) + log_sum)
+    return np.where(solved.L > 0, e + 2.0**-24 * (np.abs(solved.m) + log_sum + e), 0.0)
+
+
+def value_sum(block: Block) -> np.ndarray:
+    """`sum_j |v_jd|` over visible keys: `[H, R, 1, D]`."""
+    return np.matmul(block.mask[:, 0].astype(np.float64), np.abs(block.values))[:, :, None, :]
+
+
+def positive(L: np.ndarray) -> np.ndarray:
+    """The denominator, 1 where it is 0: a row that sees nothing has no error to divide."""
+    return np.where(L > 0, L, 1.0)

@@ -1,0 +1,219 @@
+"""The judgement of one output: pass, fail, suspect or vacuous, and where and why.
+
+An element passes when its error is within HARD. What the contract answers exactly (zeros of rows that see nothing,
+NaN of rows whose metadata is invalid, an lse of -inf) is compared exactly.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from oracle.attend import blocks, solve
+from oracle.bound import Analysis, Claim, analyse, default_claim
+from oracle.case import Case
+
+Status = Literal["pass", "fail", "suspect", "vacuous"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found. Place and numbers are those of the worst element; they are None where there is none."""
+
+    status: Status
+    text: str
+    ratio: float = 0.0  # largest error / HARD over judged elements; inf for a broken exact answer
+    soft_ratio: float = 0.0  # largest error / SOFT
+    lse_ratio: float = 0.0
+    judged: int = 0  # elements compared with a finite bound
+    vacuous_rows: int = 0  # (row, head) pairs too ill conditioned to judge
+    token: int | None = None  # row of the output
+    head: int | None = None
+    dim: int | None = None
+    sequence: int | None = None
+    row: int | None = None  # within the sequence
+    position: int | None = None
+    got: float | None = None
+    expected: float | None = None
+    bound: float | None = None
+    key: str | None = None  # the key whose absence or presence explains the row, if one does
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "pass"
+
+
+def judge(case: Case, output, claim: Claim | None = None, lse=None, *, structured: bool = False) -> Verdict:
+    """Judges an output (and an lse, where one was asked for) by the claim, `default_claim(case)` when None.
+
+    `structured=True` says that the data is not random, so SOFT (a statement about random roundings) is not applied.
+    """
+    complaint = _misshapen(case, output, lse)
+    if complaint:
+        return Verdict("fail", complaint, ratio=np.inf)
+    return compare(case, analyse(case, claim or default_claim(case)), output, lse, structured=structured)
+
+
+def compare(case: Case, analysis: Analysis, output, lse=None, *, structured: bool = False) -> Verdict:
+    """`judge` for a case that has been analysed already: several outputs, one analysis."""
+    complaint = _misshapen(case, output, lse)
+    if complaint:
+        return Verdict("fail", complaint, ratio=np.inf)
+    got = np.asarray(output).astype(np.float64)
+    ratio = _ratio(got, analysis.output, analysis.hard)
+    soft = _ratio(got, analysis.output, analysis.soft)
+    soft = np.where(analysis.vacuous[..., None], 0.0, soft)
+    counts: dict[str, Any] = {
+        "ratio": float(ratio.max(initial=0.0)),
+        "soft_ratio": float(soft.max(initial=0.0)),
+        "judged": int(np.isfinite(analysis.hard).sum()),
+        "vacuous_rows": int((analysis.vacuous | ~np.isfinite(analysis.hard).all(axis=-1)).sum()),
+    }
+    if lse is not None:
+        got_lse = np.asarray(lse).astype(np.float64)
+        lse_ratio = _ratio(got_lse, analysis.lse, analysis.lse_bound)
+        counts["lse_ratio"] = float(lse_ratio.max(initial=0.0))
+    if counts["ratio"] > 1:
+        return _accuse("fail", "HARD", case, analysis, got, ratio, analysis.hard, counts)
+    if counts.get("lse_ratio", 0.0) > 1:
+        return _accuse_lse(case, analysis, np.asarray(lse), lse_ratio, counts)
+    if counts["vacuous_rows"]:
+        text = f"{counts['vacuous_rows']} (row, head) pairs are too ill conditioned to be judged"
+        return Verdict("vacuous", text, **counts)
+    if counts["soft_ratio"] > 1 and not structured:
+        return _accuse("suspect", "SOFT", case, analysis, got, soft, analysis.soft, counts)
+    return Verdict("pass", f"{counts['judged']} elements, worst {counts['ratio']:.3g} of the bound", **counts)
+
+
+def _misshapen(case: Case, output, lse) -> str | None:
+    wanted = [("output", output, case.queries.shape, case.queries.dtype.name)]
+    if lse is not None:
+        wanted.append(("lse", lse, case.queries.shape[:2], "float32"))
+    for name, array, shape, dtype in wanted:
+        array = np.asarray(array)
+        if array.shape != tuple(shape):
+            return f"{name} has shape {array.shape}; it must be {tuple(shape)}"
+        if array.dtype.name != dtype:
+            return f"{name} has dtype {array.dtype.name}; it must be {dtype}"
+    return None
+
+
+def _ratio(got: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """error / bound of every element: inf where an exact or finite answer is missed, 0 where nothing is claimed."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        error = np.abs(got - expected)
+        ratio = np.where(error == 0, 0.0, error / bound)
+    if np.isfinite(ratio).all():
+        return ratio
+    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
+    exact = ~np.isfinite(expected) & (bound == 0)  # -inf of an lse, NaN of invalid metadata
+    unclaimed = ~np.isfinite(expected) & ~exact | np.isposinf(bound)
+    ratio = np.where(np.isnan(ratio), np.inf, ratio)
+    # Ill conditioned or not, no convex combination of finite values is NaN.
+    ratio = np.where(unclaimed & ~(np.isnan(got) & np.isfinite(expected)), 0.0, ratio)
+    return np.where(same, 0.0, ratio)
+
+
+def _accuse(status: Status, name: str, case: Case, analysis: Analysis, got, ratio, bound, counts) -> Verdict:
+    place = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    token, head, dim = (int(i) for i in place)
+    where, fields = _place(case, token)
+    key = _explain(case, analysis, got, token, head) if status == "fail" else None
+    bad = int((ratio > 1).sum())
+    text = (
+        f"{bad} of {ratio.size} elements beyond {name}; worst at row {token}{where}, head {head}, dim {dim}: "
+        f"got {got[place]:.9g}, expected {analysis.output[place]:.9g}, bound {bound[place]:.3g} "
+        f"({ratio[place]:.3g} times)" + (f"; {key}" if key else "")
+    )
+    return Verdict(
+        status,
+        text,
+        **counts,
+        token=token,
+        head=head,
+        dim=dim,
+        **fields,
+        got=float(got[place]),
+        expected=float(analysis.output[place]),
+        bound=float(bound[place]),
+        key=key,
+    )
+
+
+def _accuse_lse(case: Case, analysis: Analysis, got: np.ndarray, ratio: np.ndarray, counts) -> Verdict:
+    token, head = (int(i) for i in np.unravel_index(int(np.argmax(ratio)), ratio.shape))
+    where, fields = _place(case, token)
+    expected, bound = float(analysis.lse[token, head]), float(analysis.lse_bound[token, head])
+    text = (
+        f"{int((ratio > 1).sum())} of {ratio.size} lse values beyond their bound; worst at row {token}{where}, "
+        f"head {head}: got {got[token, head]:.9g}, expected {expected:.9g}, bound {bound:.3g}"
+    )
+    numbers: dict[str, Any] = {"got": float(got[token, head]), "expected": expected, "bound": bound}
+    return Verdict("fail", text, **counts, token=token, head=head, **fields, **numbers)
+
+
+def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
+    """Whose row a token is, in words and as fields."""
+    for sequence in case.sequences():
+        if sequence.start <= token < sequence.stop:
+            row = token - sequence.start
+            position = int(sequence.positions[row])
+            words = f" (sequence {sequence.index}, its row {row} at position {position} of {sequence.context_len})"
+            return words, {"sequence": sequence.index, "row": row, "position": position}
+    for start, stop, reason in case.invalid_rows():
+        if start <= token < stop:
+            return f" (must be NaN: {reason})", {}
+    return " (a row that no sequence owns)", {}
+
+
+def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: int) -> str | None:
+    """The single key of the row's own sequence whose loss or addition puts the whole row back within its bound."""
+    widened = _all_keys(case, token)
+    if widened is None or not np.isfinite(got[token, head]).all():
+        return None
+    block, row_keys = widened
+    kv_head, member = divmod(head, case.group)
+    seen = (row_keys[0] <= np.arange(block.keys.shape[1])) & (np.arange(block.keys.shape[1]) < row_keys[1])
+    solved = solve(block)
+    p, v = solved.p[kv_head, 0, member], block.values[kv_head]  # over all keys up to the context's end
+    visible_weight = p[seen].sum() + solved.pi[kv_head, 0, member]
+    numerator = p[seen] @ v[seen]
+    sign = np.where(seen, -1.0, 1.0)
+    left = visible_weight + sign * p
+    with np.errstate(invalid="ignore", divide="ignore"):
+        changed = (numerator + (sign * p)[:, None] * v) / left[:, None]
+        ratio = np.max(np.abs(changed - got[token, head]) / analysis.hard[token, head], axis=-1)
+    ratio = np.where(np.isfinite(ratio), ratio, np.inf)
+    key = int(np.argmin(ratio))
+    if ratio[key] > 1:
+        return None
+    return f"as if key {key} were {'missing' if seen[key] else 'seen too'}"
+
+
+def _all_keys(case: Case, token: int):
+    """The row's block with every key of its context in sight, and the half-open range it may really see."""
+    for sequence in case.sequences():
+        if sequence.start <= token < sequence.stop:
+            pages = sequence.pages[: -(-sequence.context_len // case.page_size)]
+            if sequence.context_len == 0 or pages.min() < 0 or pages.max() >= case.num_pages:
+                return None
+            row = token - sequence.start
+            seen = next(
+                (b.first_key, b.mask[token - b.rows.start, 0])
+                for b in blocks(case)
+                if b.rows.start <= token < b.rows.stop and b.kv_heads.start == 0
+            )
+            index = np.flatnonzero(seen[1]) + seen[0]
+            lonely = case.replace(
+                queries=case.queries[token : token + 1],
+                context_lens=case.context_lens[sequence.index : sequence.index + 1],
+                block_tables=case.block_tables[sequence.index : sequence.index + 1],
+                query_start_loc=np.array([0, 1], np.int32),
+                num_seqs=1,
+                sliding_window=None,
+            )
+            block = next(blocks(lonely))
+            if block.keys.shape[0] != case.num_kv_heads or len(index) == 0 or row < 0:
+                return None
+            return block, (int(index[0]), int(index[-1]) + 1)
+    return None
