@@ -29,13 +29,12 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from oracle.attend import Block, Solved, blank, blocks, scale_of, solve
+from oracle.attend import SMALL, Block, Solved, blank, blocks, solve
 from oracle.case import Case, dtype_of
 
 LAMBDA = 7.5  # of SOFT: an element exceeds it with probability 2 exp(-LAMBDA**2 / 2) = 1.2e-12
 TINY = 2.0**-126  # smallest normal float32: what flushing to zero can take from an intermediate
 LARGEST = float(np.finfo(np.float32).max)  # beyond it an f32 intermediate may overflow, so nothing is claimed
-EXACT_SPREAD = 2**19  # products p |v - o| formed one by one; above, they are bounded by matrix products
 _UNIT = {
     "float32": 2.0**-24,
     "bfloat16": 2.0**-8,
@@ -79,10 +78,10 @@ class Claim:
 class Bounds(NamedTuple):
     """The bounds of one block."""
 
-    hard: np.ndarray  # [H, R, G, D]
-    soft: np.ndarray  # [H, R, G, D]
-    lse: np.ndarray  # [H, R, G]
-    vacuous: np.ndarray  # bool [H, R, G]
+    hard: np.ndarray  # [E, R, G, D]
+    soft: np.ndarray  # [E, R, G, D]
+    lse: np.ndarray  # [E, R, G]
+    vacuous: np.ndarray  # bool [E, R, G]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,7 +174,7 @@ def analyse(case: Case, claim: Claim) -> Analysis:
 
 def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
     """Steps 1 to 8 for one block, HARD and SOFT side by side."""
-    n = block.mask.sum(axis=-1)  # [R, 1]
+    n = block.n  # [E, R, 1]
     B = np.ceil(n / claim.block) + 1
     dx, dx_soft = logit_error(block, solved, claim)
     rho = weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
@@ -195,8 +194,9 @@ def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
 
 def gamma(k, u: float):
     """Higham's gamma: k roundings of size u compound to at most this; inf when k u >= 1."""
-    ku = np.asarray(k * u)
-    return np.where(ku < 1, ku / np.where(ku < 1, 1 - ku, 1.0), np.inf)
+    left = 1 - np.asarray(k) * u
+    with np.errstate(divide="ignore"):
+        return np.where(left > 0, (1 - left) / left, np.inf)
 
 
 def rooted(k, u: float):
@@ -227,13 +227,12 @@ def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray,
 
 def operand_underflow(block: Block, q: np.ndarray, k: np.ndarray, claim: Claim) -> np.ndarray:
     """What underflow of operands and products adds to step 1, whether s and k_scale meet q, k or q.k."""
-    case = block.case
-    s = abs(case.scale)
-    ks = np.ones((1, 1, 1)) if case.k_scale is None else np.abs(scale_of(case.k_scale, block.kv_heads))
-    on_k = np.maximum(max(s, 1.0), 1 / np.maximum(ks, TINY))[..., 0]  # [H, 1]
-    lost = s * q.sum(axis=-1)[..., None] + (on_k * k.sum(axis=-1))[:, None, None, :]
+    s = abs(block.case.scale)
+    ks = np.ones(1) if block.case.k_scale is None else np.abs(np.atleast_1d(block.case.k_scale))
+    on_k = max(s, 1.0, 1 / max(float(ks.min()), TINY))
+    lost = s * q.sum(axis=-1)[..., None] + on_k * k.sum(axis=-1)[:, None, None, :]
     lost *= claim.eta_in
-    lost += (case.head_dim + 2) * TINY * max(1.0, s) * np.maximum(ks, 1.0)[..., None]
+    lost += (block.case.head_dim + 2) * TINY * max(1.0, s) * max(1.0, float(ks.max()))
     return lost
 
 
@@ -280,7 +279,7 @@ def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, n, claim: Cl
     eta = TINY + (claim.eta_p if claim.rounded_weights_in_sum else 0.0)
     lost = eta * n / positive(solved.L)
     o = np.abs(solved.output)
-    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * value_sum(block) / positive(solved.L)[
+    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * block.value_sum / positive(solved.L)[
         ..., None
     ]
     return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor, lost
@@ -289,17 +288,17 @@ def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, n, claim: Cl
 def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray):
     """`sum_j w |v - o|` and `sqrt(sum_j w_soft^2 (v - o)^2)`, the first from above where it would cost too much.
 
-    The array of all |v - o| has one element per row, head, key and dim. Past EXACT_SPREAD both come from matrix
+    The array of all |v - o| has one element per row, head, key and dim. Past SMALL both come from matrix
     products: the first by the smaller of the Cauchy-Schwarz and the triangle inequality.
     """
     v = block.values
-    if w.size * v.shape[-1] <= EXACT_SPREAD:
-        deviation = np.abs(v[:, None, None] - o[..., None, :])  # [H, R, G, N, D]
+    if w.size * v.shape[-1] <= SMALL:
+        deviation = np.abs(v[:, None, None] - o[..., None, :])  # [E, R, G, N, D]
         first = np.matmul(w[..., None, :], deviation)[..., 0, :]
         deviation *= deviation
         return first, np.sqrt(np.matmul((w_soft * w_soft)[..., None, :], deviation)[..., 0, :])
     W = w.sum(axis=-1, keepdims=True)
-    triangle = block.mix(w, np.abs(v)) + np.abs(o) * W
+    triangle = block.mix(w, block.abs_values) + np.abs(o) * W
     return np.minimum(np.sqrt(W * second_moment(block, o, w)), triangle), np.sqrt(
         second_moment(block, o, w_soft * w_soft)
     )
@@ -322,8 +321,8 @@ def private_error(block: Block, solved: Solved, private, n, B, claim: Claim) -> 
     steps = n + B + 1 + (block.case.v_scale is not None)
     operands = (1 + u_p) * (1 + claim.u_in) - 1
     sums = gamma(steps, u) * (1 + operands)
-    magnitude = block.mix(private, np.abs(block.values))  # sum p (1 + rho) |v|
-    lost = (eta_p * value_sum(block) + TINY * (n + B)[..., None]) / positive(solved.L)[..., None]
+    magnitude = block.mix(private, block.abs_values)  # sum p (1 + rho) |v|
+    lost = (eta_p * block.value_sum + TINY * (n + B)[..., None]) / positive(solved.L)[..., None]
     lost = (1 + operands) * lost + claim.eta_in * private.sum(axis=-1, keepdims=True)
     hard = (operands + sums)[..., None] * magnitude + lost
     norm = np.sqrt(block.mix(private * private, block.values * block.values))
@@ -353,7 +352,7 @@ def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: C
     largest = float(ml_dtypes.finfo(dtype_of(block.case.queries.dtype.name)).max)
     reach = np.abs(solved.output) + e
     result = e + claim.u_o * reach + claim.eta_o
-    result = np.where((reach > largest) | (value_sum(block) > LARGEST), np.inf, result)
+    result = np.where((reach > largest) | (block.value_sum > LARGEST), np.inf, result)
     return np.where((n > 0)[..., None], result, 0.0)
 
 
@@ -365,11 +364,6 @@ def lse_error(solved: Solved, moved: np.ndarray, th: np.ndarray, claim: Claim) -
     inner = np.where(safe, -np.log1p(-np.where(safe, relative, 0.0)), np.inf)
     e = inner + claim.eps_exp * (1 + log_sum) + 4 * claim.u * (np.abs(solved.m) + log_sum)
     return np.where(solved.L > 0, e + 2.0**-24 * (np.abs(solved.m) + log_sum + e), 0.0)
-
-
-def value_sum(block: Block) -> np.ndarray:
-    """`sum_j |v_jd|` over visible keys: `[H, R, 1, D]`."""
-    return np.matmul(block.mask[:, 0].astype(np.float64), np.abs(block.values))[:, :, None, :]
 
 
 def positive(L: np.ndarray) -> np.ndarray:

@@ -44,10 +44,11 @@ def visible(position, context_len, window: int | None) -> tuple[Any, Any]:
     >>> visible(5, 6, None), visible(5, 6, 2), visible(-1, 3, None)
     ((0, 6), (4, 6), (0, 0))
     """
-    hi = np.clip(position + 1, 0, np.maximum(context_len, 0))
+    if isinstance(position, int):
+        hi = min(max(position + 1, 0), max(context_len, 0))
+        return 0 if window is None else max(position - (window - 1), 0), hi
+    hi = np.minimum(np.maximum(position + 1, 0), np.maximum(context_len, 0))
     lo = np.zeros_like(hi) if window is None else np.maximum(position - (window - 1), 0)
-    if np.ndim(hi) == 0:
-        return int(lo), int(hi)
     return lo, hi
 
 
@@ -61,6 +62,14 @@ class Sequence(NamedTuple):
     positions: np.ndarray  # [stop - start], may be negative
     pages: np.ndarray  # [pages_per_seq] the table row; entries outside `keys` are dead
     keys: tuple[int, int]  # [lo, hi) union of what its rows see
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def num_keys(self) -> int:
+        return max(0, self.keys[1] - self.keys[0])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

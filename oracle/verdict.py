@@ -11,7 +11,7 @@ import numpy as np
 
 from oracle.attend import blocks, solve
 from oracle.bound import Analysis, Claim, analyse, default_claim
-from oracle.case import Case
+from oracle.case import Case, Sequence, visible
 
 Status = Literal["pass", "fail", "suspect", "vacuous"]
 
@@ -152,14 +152,20 @@ def _accuse_lse(case: Case, analysis: Analysis, got: np.ndarray, ratio: np.ndarr
     return Verdict("fail", text, **counts, token=token, head=head, **fields, **numbers)
 
 
+def _owner(case: Case, token: int) -> Sequence | None:
+    return next((s for s in case.sequences() if s.start <= token < s.stop), None)
+
+
 def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
     """Whose row a token is, in words and as fields."""
-    for sequence in case.sequences():
-        if sequence.start <= token < sequence.stop:
-            row = token - sequence.start
-            position = int(sequence.positions[row])
-            words = f" (sequence {sequence.index}, its row {row} at position {position} of {sequence.context_len})"
-            return words, {"sequence": sequence.index, "row": row, "position": position}
+    sequence = _owner(case, token)
+    if sequence is not None:
+        row = token - sequence.start
+        position = int(sequence.positions[row])
+        words = (
+            f" (sequence {sequence.index}, its row {row} at position {position} of {sequence.context_len})"
+        )
+        return words, {"sequence": sequence.index, "row": row, "position": position}
     for start, stop, reason in case.invalid_rows():
         if start <= token < stop:
             return f" (must be NaN: {reason})", {}
@@ -168,52 +174,44 @@ def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
 
 def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: int) -> str | None:
     """The single key of the row's own sequence whose loss or addition puts the whole row back within its bound."""
-    widened = _all_keys(case, token)
-    if widened is None or not np.isfinite(got[token, head]).all():
+    sequence = _owner(case, token)
+    if sequence is None or not np.isfinite(got[token, head]).all():
         return None
-    block, row_keys = widened
-    kv_head, member = divmod(head, case.group)
-    seen = (row_keys[0] <= np.arange(block.keys.shape[1])) & (np.arange(block.keys.shape[1]) < row_keys[1])
-    solved = solve(block)
-    p, v = solved.p[kv_head, 0, member], block.values[kv_head]  # over all keys up to the context's end
-    visible_weight = p[seen].sum() + solved.pi[kv_head, 0, member]
-    numerator = p[seen] @ v[seen]
-    sign = np.where(seen, -1.0, 1.0)
-    left = visible_weight + sign * p
+    whole = _whole_context(case, sequence, token)
+    if whole is None:
+        return None
+    block = next(b for b in blocks(whole) if b.kv_heads.start <= head // case.group < b.kv_heads.stop)
+    place = (head // case.group - block.kv_heads.start, 0, head % case.group)
+    solved, v = solve(block), block.values[place[0]]
+    lo, hi = visible(
+        int(sequence.positions[token - sequence.start]), sequence.context_len, case.sliding_window
+    )
+    index = np.arange(len(v))
+    seen = (index >= lo) & (index < hi)
+    p = np.where(seen, -1.0, 1.0) * solved.p[place]  # what flipping each key adds to the sums
+    total = solved.p[place][seen].sum() + solved.pi[place]
     with np.errstate(invalid="ignore", divide="ignore"):
-        changed = (numerator + (sign * p)[:, None] * v) / left[:, None]
-        ratio = np.max(np.abs(changed - got[token, head]) / analysis.hard[token, head], axis=-1)
+        flipped = (solved.p[place][seen] @ v[seen] + p[:, None] * v) / (total + p)[:, None]
+        ratio = np.max(np.abs(flipped - got[token, head]) / analysis.hard[token, head], axis=-1)
     ratio = np.where(np.isfinite(ratio), ratio, np.inf)
     key = int(np.argmin(ratio))
-    if ratio[key] > 1:
+    return None if ratio[key] > 1 else f"as if key {key} were {'missing' if seen[key] else 'seen too'}"
+
+
+def _whole_context(case: Case, sequence: Sequence, token: int) -> Case | None:
+    """The one row alone, with every key of its context in sight; None when a dead page stands in the way."""
+    pages = sequence.pages[: -(-sequence.context_len // case.page_size)]
+    if sequence.context_len == 0 or pages.min() < 0 or pages.max() >= case.num_pages:
         return None
-    return f"as if key {key} were {'missing' if seen[key] else 'seen too'}"
-
-
-def _all_keys(case: Case, token: int):
-    """The row's block with every key of its context in sight, and the half-open range it may really see."""
-    for sequence in case.sequences():
-        if sequence.start <= token < sequence.stop:
-            pages = sequence.pages[: -(-sequence.context_len // case.page_size)]
-            if sequence.context_len == 0 or pages.min() < 0 or pages.max() >= case.num_pages:
-                return None
-            row = token - sequence.start
-            seen = next(
-                (b.first_key, b.mask[token - b.rows.start, 0])
-                for b in blocks(case)
-                if b.rows.start <= token < b.rows.stop and b.kv_heads.start == 0
-            )
-            index = np.flatnonzero(seen[1]) + seen[0]
-            lonely = case.replace(
-                queries=case.queries[token : token + 1],
-                context_lens=case.context_lens[sequence.index : sequence.index + 1],
-                block_tables=case.block_tables[sequence.index : sequence.index + 1],
-                query_start_loc=np.array([0, 1], np.int32),
-                num_seqs=1,
-                sliding_window=None,
-            )
-            block = next(blocks(lonely))
-            if block.keys.shape[0] != case.num_kv_heads or len(index) == 0 or row < 0:
-                return None
-            return block, (int(index[0]), int(index[-1]) + 1)
-    return None
+    kv_pages = case.kv_pages[pages]
+    return case.replace(
+        queries=case.queries[token : token + 1],
+        kv_pages=np.where(
+            np.isfinite(kv_pages), kv_pages, np.zeros((), kv_pages.dtype)
+        ),  # poison in dead slots
+        context_lens=case.context_lens[sequence.index : sequence.index + 1],
+        block_tables=np.arange(len(pages))[None],
+        query_start_loc=np.array([0, 1], np.int32),
+        num_seqs=1,
+        sliding_window=None,
+    )
