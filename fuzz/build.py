@@ -1,0 +1,276 @@
+"""From plan to case: deterministic, loud where bugs hide, poisoned where no row may look."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fuzz.plan import TYPES, Plan, Shape
+from oracle import Case
+
+_POOL = 1 << 19
+NO_PAGE, FAR = -1, 2**31 - 1
+# The largest value a kernel may meet in a slot it must not use, by dtype of the pages.
+_HUGE = {
+    "float32": 3e38,
+    "bfloat16": 3e38,
+    "float16": 6e4,
+    "float8_e4m3fn": 448.0,
+    "float8_e5m2": 57344.0,
+    "int8": 127,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything of a plan lies."""
+
+    starts: np.ndarray  # i32 [S + 1]
+    contexts: np.ndarray  # i32 [S]
+    tables: np.ndarray  # i32 [S, pages_per_seq]
+    seen: np.ndarray  # bool [P, page]: some row of some sequence sees the slot
+    spans: tuple[tuple[int, int, int], ...]  # (sequence, first key seen, one past the last)
+
+
+def build(plan: Plan, fill: str = "nan") -> Case:
+    """The case of a plan; what no row may see holds NaN (`fill="nan"`) or huge finite values (`fill="huge"`)."""
+    shape, layout = plan.shape, layout_of(plan)
+    q_dtype, kv_dtype, dot = (_dtype(name) for name in TYPES[shape.types])
+    queries = _queries(plan)
+    keys, values = _keys_values(plan, layout, queries)
+    k_scale, v_scale = _scales(plan, keys, values)
+    pages = np.empty((shape.pages, shape.page, 2 * shape.kv_heads, shape.head_dim), kv_dtype)
+    pages[:, :, 0::2] = _store(keys, k_scale, kv_dtype)
+    pages[:, :, 1::2] = _store(values, v_scale, kv_dtype)
+    queries = queries.astype(q_dtype)
+    _poison(plan, layout, queries, pages, fill)
+    return Case(
+        queries, pages, layout.contexts, layout.tables, layout.starts, len(plan.lengths), _sinks(plan),
+        softmax_scale=shape.scale, logits_soft_cap=shape.cap, sliding_window=shape.window, compute_dtype=dot.name,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
+
+
+def refill(plan: Plan, case: Case, fill: str) -> Case:
+    """The plan's case again, with another poison in everything no row may see."""
+    queries, pages = np.array(case.queries), np.array(case.kv_pages)
+    _poison(plan, layout_of(plan), queries, pages, fill)
+    return case.replace(queries=queries, kv_pages=pages)
+
+
+def _poison(plan: Plan, layout: Layout, queries: np.ndarray, pages: np.ndarray, fill: str) -> None:
+    """Overwrite in place every slot that no row sees and every query row that nobody owns."""
+    pages[~layout.seen] = _filling(pages.dtype, fill, plan.shape.head_dim)
+    queries[int(layout.starts[len(plan.lengths)]) :] = _filling(queries.dtype, fill, plan.shape.head_dim)
+
+
+def _filling(dtype: np.dtype, fill: str, head_dim: int) -> np.ndarray:
+    """[1] or [D]: NaN where the dtype has one and it is asked for, else huge values of both signs."""
+    if fill == "nan" and dtype != np.int8:
+        return np.full((1,), np.nan).astype(dtype)
+    sign = np.where(np.arange(head_dim) % 2, -1, 1) * (-1 if fill == "nan" else 1)
+    return (_HUGE[dtype.name] * sign).astype(dtype)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+# ---------------------------------------------------------------- layout
+
+
+@lru_cache(maxsize=4)
+def layout_of(plan: Plan) -> Layout:
+    """Metadata with garbage in everything dead, and the slots that rows see."""
+    shape, live = plan.shape, len(plan.lengths)
+    chance = np.random.default_rng(plan.seed)
+    starts = np.full(shape.seqs + 1, FAR, np.int32)
+    starts[0] = 0
+    starts[1 : live + 1] = np.cumsum([q for q, _ in plan.lengths], dtype=np.int64)
+    starts[live + 2 :: 2] = -1
+    contexts = np.full(shape.seqs, NO_PAGE, np.int32)
+    contexts[live::2] = FAR
+    contexts[:live] = [c for _, c in plan.lengths]
+    tables = _holes(plan, chance)
+    seen = np.zeros((shape.pages, shape.page), bool)
+    spans = []
+    pages = _Pages(plan, chance)
+    for s, (rows, context) in enumerate(plan.lengths):
+        low = max(0, max(0, context - rows) - (shape.window or context + 1) + 1)
+        if rows == 0 or low >= context:
+            continue
+        columns = np.arange(low // shape.page, -(-context // shape.page))
+        tables[s, columns] = pages.take(columns)
+        keys = np.arange(low, context)
+        seen[tables[s, keys // shape.page], keys % shape.page] = True
+        spans.append((s, low, context))
+    return Layout(starts, contexts, tables, seen, tuple(spans))
+
+
+def _holes(plan: Plan, chance: np.random.Generator) -> np.ndarray:
+    """A table of dead entries only."""
+    size = (plan.shape.seqs, plan.shape.pages_per_seq)
+    if plan.holes == "alias":  # legal page ids, of pages that may be live for another sequence
+        return chance.integers(0, plan.shape.pages, size, dtype=np.int32)
+    return np.full(size, NO_PAGE if plan.holes == "minus_one" else FAR, np.int32)
+
+
+class _Pages:
+    """Hands out physical pages; guards lie around them, and a full pool is shared."""
+
+    def __init__(self, plan: Plan, chance: np.random.Generator):
+        self.kind = plan.tables
+        inner = np.arange(1, plan.shape.pages - 1, dtype=np.int32)  # the first and last page stay guards
+        if plan.tables in ("shuffled", "shared"):
+            chance.shuffle(inner)
+        self.order = inner[::-1] if plan.tables == "reversed" else inner
+        self.next = 0
+
+    def take(self, columns: np.ndarray) -> np.ndarray:
+        if self.kind == "shared":  # the same prefix for all
+            return self.order[columns % len(self.order)]
+        if self.kind == "repeated":  # each page twice in a row
+            columns = np.arange(len(columns)) // 2
+        else:
+            columns = np.arange(len(columns))
+        taken = self.order[(self.next + columns) % len(self.order)]
+        self.next += int(columns[-1]) + 1
+        return taken
+
+
+# ---------------------------------------------------------------- data
+
+
+@lru_cache(maxsize=1)
+def _normals() -> np.ndarray:
+    """Standard normals to slice from: drawing fresh ones would cost more than judging the case."""
+    pool = np.random.default_rng(2023).standard_normal(_POOL, np.float32)
+    return np.concatenate([pool, pool])
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    size = int(np.prod(shape))
+    offset = (seed * 2_654_435_761) % _POOL
+    if size > _POOL:
+        return np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return _normals()[offset : offset + size].reshape(shape)
+
+
+def _queries(plan: Plan) -> np.ndarray:
+    """f32 [T, Hq, D]."""
+    shape = plan.shape
+    size = (shape.tokens, shape.q_heads, shape.head_dim)
+    if plan.data == "zero" or (plan.data == "exact" and shape.cap is not None):
+        return np.zeros(size, np.float32)  # tanh(0) is exact everywhere
+    noise = _noise(size, 2 * plan.seed + 1)
+    return np.clip(np.rint(noise), -2, 2) if plan.data == "exact" else noise.copy()
+
+
+def _keys_values(plan: Plan, layout: Layout, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f32 [P, page, Hkv, D] twice: what the pages mean, before quantisation."""
+    shape = plan.shape
+    size = (shape.pages, shape.page, shape.kv_heads, shape.head_dim)
+    keys, values = _noise((2, *size), 2 * plan.seed)
+    if plan.data == "exact":
+        return _exact_keys(size), np.clip(np.rint(2 * values), -4, 4)
+    scale = shape.head_dim**-0.5 if shape.scale is None else shape.scale
+    amplitude = plan.amplitude * (6 if plan.data == "peaky" else 1)
+    keys = keys * np.float32(amplitude / (scale * shape.head_dim**0.5))
+    if plan.data == "equal":
+        keys = np.broadcast_to(keys[:1, :1], size).copy()
+    if plan.data == "offset":
+        values = values + np.float32(50)
+    if plan.data == "ladder":
+        values = values.copy()
+        _ladder(plan, layout, queries, keys, scale)
+    if plan.data == "spikes":
+        values = values.copy()
+        _spikes(plan, layout, queries, keys, values, scale)
+    return keys, values
+
+
+def _exact_keys(size: tuple[int, ...]) -> np.ndarray:
+    """One axis only, so that a dot product has one term and no order of summation matters."""
+    keys = np.zeros(size, np.float32)
+    keys[..., 0] = 2
+    return keys
+
+
+def _toward(plan: Plan, queries: np.ndarray, row: int, scale: float) -> np.ndarray:
+    """[Hkv, D]: keys that raise the logit of `row` by one, for the first query head of each group."""
+    q = queries[row, :: plan.shape.group]
+    return q / np.maximum(scale * np.sum(q * q, axis=-1, keepdims=True), 1e-3).astype(np.float32)
+
+
+def _slots(plan: Plan, layout: Layout, s: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return layout.tables[s, keys // plan.shape.page], keys % plan.shape.page
+
+
+def _ladder(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, scale: float) -> None:
+    """Logits that rise with the position, so that every block brings a new maximum."""
+    for s, low, high in layout.spans:
+        position = np.arange(low, high)
+        step = (12 * plan.amplitude * (position - low) / max(1, high - low)).astype(np.float32)
+        direction = _toward(plan, queries, int(layout.starts[s]), scale)
+        keys[_slots(plan, layout, s, position)] += step[:, None, None] * direction
+
+
+def _spikes(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> None:  # fmt: skip
+    """+-8 on the values, and a raised logit, at every key where a kernel's arithmetic may be off by one."""
+    for s, low, high in layout.spans:
+        edges = boundaries(plan.shape, plan.lengths[s], low, high)
+        page, slot = _slots(plan, layout, s, edges)
+        sign = np.where((np.arange(len(edges)) + plan.seed) % 2, -8, 8).astype(np.float32)
+        values[page, slot] += sign[:, None, None]
+        raised = edges % 3 != plan.seed % 3  # some stay low, so that a missing key is not always the loudest
+        row = int(layout.starts[s]) + plan.seed % plan.lengths[s][0]
+        keys[page[raised], slot[raised]] += 4 * _toward(plan, queries, row, scale)
+
+
+def boundaries(shape: Shape, length: tuple[int, int], low: int, high: int) -> np.ndarray:
+    """The keys of a sequence at window, page, block and causal edges, inside what it sees."""
+    rows, context = length
+    first = max(0, context - rows)
+    edges = {low, low + 1, high - 1, high - 2, first, first + 1, first - 1}
+    edges.update(range(first, min(context, first + 8)))
+    for step in (shape.page, 8, 16, 64, 128):
+        last = (high - 1) // step * step
+        edges.update((last, last - 1, last - step, -(-low // step) * step, -(-low // step) * step - 1))
+    if shape.window is not None:
+        edges.update(position - shape.window + off for position in (first, context - 1) for off in (0, 1, 2))
+    return np.array(sorted(e for e in edges if low <= e < high), np.int64)
+
+
+def _scales(plan: Plan, keys: np.ndarray, values: np.ndarray) -> tuple[Any, Any]:
+    """Quantisation scales: powers of two for exact data, else odd ones, one a head."""
+    shape = plan.shape
+    if not shape.quantised:
+        return None, None
+    dtype = TYPES[shape.types][1]
+    top = {"int8": 100.0, "float8_e4m3fn": 300.0, "float8_e5m2": 300.0}[dtype]
+    heads = 1 + 0.37 * np.arange(shape.kv_heads, dtype=np.float32)
+    if plan.data == "exact":
+        return np.full(shape.kv_heads, 0.5, np.float32), np.full(shape.kv_heads, 0.25, np.float32)
+    reach = [max(float(np.abs(x).max()), 1e-3) for x in (keys, values)]
+    return tuple((r / top * heads).astype(np.float32) for r in reach)
+
+
+def _store(numbers: np.ndarray, scale: Any, dtype: np.dtype) -> np.ndarray:
+    if scale is None:
+        return numbers.astype(dtype)
+    stored = numbers / scale[:, None]
+    top = _HUGE[dtype.name]
+    stored = np.clip(np.rint(stored) if dtype == np.int8 else stored, -top, top)
+    return stored.astype(dtype)
+
+
+def _sinks(plan: Plan) -> np.ndarray | None:
+    if not plan.shape.sinks:
+        return None
+    if plan.data == "exact":  # too small to weigh anything in float32
+        return np.full(plan.shape.q_heads, -40, np.float32)
+    return 2 * plan.amplitude * _noise((plan.shape.q_heads,), plan.seed + 7)

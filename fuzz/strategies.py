@@ -1,0 +1,105 @@
+"""Hypothesis strategies for plans: the static shape first, from a bounded pool, then the raggedness inside it.
+
+Hypothesis draws six numbers, because each draw costs as much as a tenth of a judged case; the sixth seeds the small
+choices. A drawn plan spells everything out, and the shrinker of `fuzz.shrink` works on the plan, so nothing that is
+derived here is out of its reach.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+
+from hypothesis import strategies as st
+
+from fuzz.plan import AMPLITUDES, DATA, HOLES, TABLES, Plan, Shape
+
+MODES = ("mixed", "decode", "prefill", "chunk", "wild")
+# Weights by repetition.
+_DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "ladder", "normal")
+CHECKS = ("second_fill",) * 5 + ("relation",) * 5 + ("plain",) * 4 + ("repeat",)
+
+
+@st.composite
+def plans(draw: st.DrawFn, pool: Sequence[Shape]) -> Plan:
+    """Plans whose shape is one of `pool`."""
+    shape = pool[draw(st.integers(0, len(pool) - 1))]
+    data = _DATA[draw(st.integers(0, len(_DATA) - 1))]
+    mode = MODES[draw(st.integers(0, len(MODES) - 1))]
+    check = CHECKS[draw(st.integers(0, len(CHECKS) - 1))]
+    return expand(shape, data, mode, check, draw(st.integers(0, 7)), draw(st.integers(0, 2**20 - 1)))
+
+
+def expand(shape: Shape, data: str, mode: str, check: str, crowd: int, seed: int) -> Plan:
+    """The plan of six drawn numbers; `crowd` of 8 says how full the batch is."""
+    chance = random.Random(seed)
+    contexts = power_contexts(shape) if data == "exact" else likely_contexts(shape)
+    return Plan(
+        shape,
+        _lengths(chance, shape, mode, contexts, _count(chance, crowd, shape.seqs)),
+        tables=chance.choice(TABLES),
+        holes=chance.choice(HOLES),
+        data=data,
+        amplitude=chance.choice(AMPLITUDES),
+        seed=seed & 0xFFFF,
+        check=check,
+    )
+
+
+def _count(chance: random.Random, crowd: int, seqs: int) -> int:
+    """The number of live sequences: mostly few, sometimes all, rarely none."""
+    if crowd == 7:
+        return chance.choice([seqs, seqs, seqs, 0])
+    return chance.randint(1, min(seqs, 2 + crowd))
+
+
+def _lengths(
+    chance: random.Random, shape: Shape, mode: str, contexts: tuple[int, ...], count: int
+) -> tuple[tuple[int, int], ...]:
+    """(query rows, context) of each live sequence, near the edges of pages, windows and blocks."""
+    left, chosen = shape.tokens, []
+    for _ in range(count):
+        context = chance.choice(contexts)
+        rows = _rows(chance, mode, context, left)
+        left -= rows
+        chosen.append((rows, context))
+    return tuple(chosen)
+
+
+def _rows(chance: random.Random, mode: str, context: int, left: int) -> int:
+    most = min(context, left)
+    if mode == "decode" or left == 0:
+        return min(1, left)
+    if mode == "prefill":
+        return most
+    if mode == "chunk":
+        return chance.randint(0, most)
+    if mode == "wild":  # more rows than tokens too: the first ones stand before position 0
+        return chance.randint(0, left)
+    return chance.choice([1, 1, 0, most, most // 2, min(5, left), min(most, 9)]) if left else 0
+
+
+@lru_cache(maxsize=4096)
+def likely_contexts(shape: Shape) -> tuple[int, ...]:
+    """Context lengths to draw from: half of them at an edge, half spread over what the table holds."""
+    capacity = shape.capacity
+    edges = {0, 1, 2, capacity, capacity - 1}
+    for step in {shape.page, 8, 16, 32, 64, 128, shape.window or 1}:
+        edges.update(k * step + off for k in (1, 2, 3) for off in (-1, 0, 1))
+    if capacity > 2**15:
+        edges = {2**15 - 1, 2**15, 2**15 + 1, 2**15 + 200, capacity, capacity - 1, 1, 5}
+        return tuple(sorted(e for e in edges if 0 <= e <= capacity))
+    inside = sorted(e for e in edges if 0 <= e <= capacity)
+    spread = [round(i * capacity / len(inside)) for i in range(len(inside))]
+    return (*inside, *spread)
+
+
+@lru_cache(maxsize=4096)
+def power_contexts(shape: Shape) -> tuple[int, ...]:
+    """Contexts whose last row sees a power of two of keys: what the exact stratum can judge."""
+    powers = [1 << k for k in range(shape.capacity.bit_length()) if 1 << k <= shape.capacity]
+    window = shape.window
+    if window is not None and window & (window - 1) == 0:
+        powers += [c for c in likely_contexts(shape) if c >= window] or [powers[-1]]
+    return tuple(powers)

@@ -1,0 +1,319 @@
+"""The seam between the search and whatever it judges: one kernel, by name, with what it claims and supports."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from oracle import Case, Claim
+from oracle.bound import default_claim
+
+ENTRY_POINTS = "rpa.targets"
+_NAMES = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux")
+# name of the target -> (the `platform` argument, the implementation that must answer)
+BACKENDS = {
+    "xla": ("xla", "xla"),
+    "triton": ("triton", "triton"),
+    "pallas": ("pallas", None),
+    "pallas_tpu": ("pallas", "pallas_tpu"),
+    "pallas_gpu": ("pallas", "pallas_gpu"),
+}
+ADAPTERS = {
+    "model": "fuzz.mutants.model:kernel",
+    "ejkernel": "fuzz.adapters.ejkernel:attention",
+    "jax_upstream": "fuzz.adapters.jax_upstream:attention",
+    "tpu_inference": "fuzz.adapters.tpu_inference:attention",
+    "vllm": "fuzz.adapters.vllm:attention",
+}
+
+
+class TargetError(ValueError):
+    """A target that cannot be loaded; the message says what was looked for and how to name one."""
+
+
+class Unsupported(Exception):
+    """A gap that the target declares for one case; counted, never a failure and never a pass."""
+
+
+class InputChanged(AssertionError):
+    """The kernel wrote into one of its arguments."""
+
+
+class WrongBackend(AssertionError):
+    """Another backend than the one asked for answered."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kernel under judgement.
+
+    `call` has the signature of `ragged_page_attention_v2`; `claim` and `supports` are functions of the case.
+    `batch_invariant` and `deterministic` are what the kernel promises about its bits; `validates` says that it
+    rejects illegal arguments as the contract demands. `ran` names the backend that answered a case, or is None
+    where the question has no meaning.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    claim: Callable[[Case], Claim]
+    supports: Callable[[Case], str | None]
+    batch_invariant: bool = False
+    deterministic: bool = True
+    validates: bool = False
+    ran: Callable[[Case], str] | None = None
+    expects: str | None = None
+    jax_arrays: bool = False
+    accepts: frozenset[str] = field(default_factory=frozenset)
+
+    def run(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
+        """The kernel's answer as NumPy arrays: output [T, Hq, D], and lse [T, Hq] where it returns one.
+
+        Raises:
+            Unsupported: the kernel (or its signature) says that it has no such option.
+            WrongBackend: another backend answered.
+        """
+        options = dict(case.options)
+        missing = [name for name in ("k_scale", "v_scale") if name in options and name not in self.accepts]
+        if missing:
+            raise Unsupported(f"{self.name} takes no {missing[0]}")
+        arrays = [None if a is None else np.array(a) for a in case.arrays]
+        if self.jax_arrays:
+            arrays = [None if a is None else _as_jax(a) for a in arrays]
+        before = [_bits(a) for a in arrays]
+        try:
+            answer = self.call(*arrays, **options)
+        except NotImplementedError as gap:
+            raise Unsupported(f"{self.name}: {gap}") from gap
+        if self.ran is not None and self.expects is not None:
+            ran = self.ran(case)
+            if ran != self.expects:
+                raise WrongBackend(f"{self.name} was asked for {self.expects}, but {ran} answered")
+        result = _as_numpy(answer)
+        for name, bits, array in zip(_NAMES, before, arrays, strict=True):
+            if bits != _bits(array):
+                raise InputChanged(f"{self.name} wrote into its argument {name}")
+        return result
+
+
+def _bits(array: Any) -> bytes | None:
+    """What an array holds, to see afterwards whether the kernel wrote into it; JAX arrays cannot be written."""
+    return array.tobytes() if isinstance(array, np.ndarray) else None
+
+
+def _as_jax(array: Any) -> Any:
+    import jax.numpy as jnp
+
+    return jnp.asarray(array)
+
+
+def _as_numpy(answer: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    """Force the answer into fresh NumPy arrays, so that nothing lazy or shared is judged."""
+    if isinstance(answer, tuple):
+        output, lse = answer
+        return np.array(output), None if lse is None else np.array(lse)
+    return np.array(answer), None
+
+
+def _declared(value: Any, default: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    """A function of the case, whether the target declared a value, a function, or nothing."""
+    if value is None:
+        return default
+    return value if callable(value) else lambda case: value
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(name: str) -> Target:
+    """The target called `name`.
+
+    A name is one of our backends (`xla`, `triton`, `pallas`, ...), an adapter in the box, `mutant:ID`, an entry
+    point of the group `rpa.targets`, or `module:function` (the working folder is searched too).
+
+    Raises:
+        TargetError: nothing of that name, or it does not import.
+    """
+    if name in BACKENDS:
+        return _backend(name)
+    if name.startswith("mutant:"):
+        from fuzz.mutants.catalogue import target_of
+
+        return target_of(name.removeprefix("mutant:"))
+    found = {entry.name: entry for entry in metadata.entry_points(group=ENTRY_POINTS)}
+    if name in found:
+        return from_callable(found[name].load(), name)
+    path = ADAPTERS.get(name, name)
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        known = ", ".join([*BACKENDS, *ADAPTERS, *found])
+        raise TargetError(f"target {name!r} is unknown: give module:function, mutant:ID, or one of {known}")
+    return from_callable(_import(name, module, attribute), name)
+
+
+def _import(name: str, module: str, attribute: str) -> Callable[..., Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise TargetError(f"target {name!r} cannot be loaded: {error}") from error
+    if not callable(found):
+        raise TargetError(f"target {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def from_callable(function: Any, name: str) -> Target:
+    """A target from anything callable; its attributes `claim`, `supports`, … are its declarations."""
+    if isinstance(function, Target):
+        return function
+    return Target(
+        name=name,
+        call=function,
+        claim=_declared(getattr(function, "claim", None), default_claim),
+        supports=_declared(getattr(function, "supports", None), lambda case: None),
+        batch_invariant=bool(getattr(function, "batch_invariant", False)),
+        deterministic=bool(getattr(function, "deterministic", True)),
+        validates=bool(getattr(function, "validates", False)),
+        ran=getattr(function, "ran", None),
+        expects=getattr(function, "expects", None),
+        jax_arrays=bool(getattr(function, "jax_arrays", False)),
+        accepts=_accepted(function),
+    )
+
+
+def _accepted(function: Any) -> frozenset[str]:
+    """The keyword names a function takes; all of the contract's where it has `**kwargs` or no signature."""
+    everything = frozenset({"k_scale", "v_scale", "return_lse", "validate", "optimized"})
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return everything
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return everything
+    return frozenset(p.name for p in parameters) & everything
+
+
+# ---------------------------------------------------------------- our own backends
+
+
+def _backend(name: str) -> Target:
+    """One of rpa's backends behind the public function, with the claim it makes for each signature."""
+    platform, expected = BACKENDS[name]
+
+    def call(*arrays: Any, **options: Any) -> Any:
+        from rpa import ragged_page_attention_v2
+
+        with _context(name):
+            return ragged_page_attention_v2(*arrays, platform=platform, **options)
+
+    def slot() -> Any:
+        from rpa import registry
+
+        wanted = expected or _pallas_here()
+        return next(slot for slot in registry.SLOTS if slot.name == wanted)
+
+    def claim(case: Case) -> Claim:
+        from rpa import registry
+
+        return Claim(**registry.load(slot().name).claim(signature_of(case), _device(name)))
+
+    def supports(case: Case) -> str | None:
+        return _refusal(slot(), signature_of(case), _device(name))
+
+    def ran(case: Case) -> str:
+        return _chosen(signature_of(case), _device(name), platform)
+
+    return Target(name, call, claim, supports, batch_invariant=True, validates=True, ran=ran,
+                  expects=expected or _pallas_here(), accepts=_accepted(lambda **everything: None))  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _refusal(slot: Any, signature: Any, device: Any) -> str | None:
+    from rpa import registry
+
+    return registry.why_not(slot, signature, device)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(signature: Any, device: Any, platform: str) -> str:
+    from rpa import select
+
+    return select.choose(signature, device, platform, None).implementation.name
+
+
+def _context(name: str) -> Any:
+    """What must surround a call so that the backend runs here: an interpreter, or nothing."""
+    from contextlib import nullcontext
+
+    import jax
+
+    if name in ("pallas", "pallas_tpu") and jax.default_backend() == "cpu":
+        from jax.experimental.pallas import tpu as pltpu
+
+        return pltpu.force_tpu_interpret_mode()
+    return nullcontext()
+
+
+def _device(name: str) -> Any:
+    from rpa import device
+
+    with _context(name):
+        return device.current()
+
+
+def _pallas_here() -> str:
+    import jax
+
+    return "pallas_gpu" if jax.default_backend() == "gpu" else "pallas_tpu"
+
+
+def signature_of(case: Case) -> Any:
+    """The static `rpa.signature.Signature` of a call with this case."""
+    return _signature(_static(case))
+
+
+def _static(case: Case) -> tuple[Any, ...]:
+    window = case.sliding_window
+    if window is not None and window >= case.capacity:
+        window = None
+    return (case.num_tokens, case.num_q_heads, case.head_dim, case.num_pages, case.page_size, case.num_kv_heads,
+            case.max_seqs, case.pages_per_seq, case.queries.dtype.name, case.kv_pages.dtype.name,
+            case.options["compute_dtype"], case.softmax_aux is not None, case.k_scale is not None,
+            case.v_scale is not None, case.scale, case.logits_soft_cap, window)  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _signature(static: tuple[Any, ...]) -> Any:
+    from rpa.signature import Signature
+
+    *shape, scale, cap, window = static
+    return Signature(*shape, return_lse=False, optimized=False, softmax_scale=scale, logits_soft_cap=cap,
+                     sliding_window=window, vmem_limit_bytes=None)  # fmt: skip
+
+
+def available() -> Iterable[tuple[str, str | None]]:
+    """Every named target with the reason it cannot be judged here, or None."""
+    from fuzz.plan import SMALLEST
+
+    for name in [*BACKENDS, *ADAPTERS, *(e.name for e in metadata.entry_points(group=ENTRY_POINTS))]:
+        yield name, _reason(name, SMALLEST)
+
+
+def _reason(name: str, plan: Any) -> str | None:
+    from fuzz.build import build
+
+    try:
+        return load(name).supports(build(plan))
+    except (TargetError, ImportError) as error:
+        return str(error)
