@@ -1,0 +1,58 @@
+"""The Triton backend: one source for every GPU, launched through jax-triton.
+
+`plan` turns a signature and a config into launches, `kernel` holds the kernels, `launch` runs them inside jit,
+`interpret` runs them on a CPU, `tuning` knows the configs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from rpa import numerics
+from rpa.backends.triton import plan, tuning
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
+from rpa.registry import Implementation
+from rpa.signature import Inputs, Signature
+
+MOST_DIM = 512
+
+
+def _run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
+    from rpa.backends.triton import launch
+
+    return launch.run(inputs, signature, tuning.complete(signature, config))
+
+
+def _supports(signature: Signature, device: Device) -> str | None:
+    if device.platform != "gpu":
+        return f"it runs on GPUs, not on {device.platform}"
+    if device.interpreted:
+        return "it does not run inside a Pallas interpreter"
+    missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} is not installed (pip install 'rpa[gpu]')"
+    if device.capability is not None and device.capability < (8, 0):
+        return f"it needs compute capability 8.0, and {device.kind} has {'.'.join(map(str, device.capability))}"
+    if signature.head_dim > MOST_DIM:
+        return f"head_dim = {signature.head_dim} is more than {MOST_DIM}"
+    if signature.kv_dtype == "float8_e4m3fn" and device.capability is not None and device.capability < (8, 9):
+        return f"float8_e4m3fn needs compute capability 8.9, and {device.kind} has {'.'.join(map(str, device.capability))}"
+    return None
+
+
+def _claim(signature: Signature, device: Device) -> dict[str, Any]:
+    tiles = plan.make(signature, tuning.heuristic(signature, device)).attend.constants
+    block = min(tiles["SHORT_N"], tiles["LONG_N"])
+    return numerics.claim(signature, device, block=min(block, 32))
+
+
+BACKEND = Implementation(
+    name="triton",
+    run=_run,
+    supports=_supports,
+    heuristic=tuning.heuristic,
+    candidates=tuning.candidates,
+    claim=_claim,
+)

@@ -1,0 +1,547 @@
+"""The Triton kernels: one launch answers every row, a second merges the splits of short queries.
+
+A sequence is *short* when its queries fit one narrow tile of `SHORT_Q` tokens (decode, speculative decode); its
+keys are cut into splits at boundaries that depend on its own length and on static shapes only. Every other
+sequence is cut into tiles of `LONG_Q` tokens, whole key range each. A tile packs the query heads that share one kv
+head: row r is token r // HEADS, head r % HEADS. Programs walk one list of items (tiles and splits, times head
+groups), which each derives from the metadata by prefix sums, so nothing is as long as a context, nothing is unrolled
+over sequences or pages, and dead sequences cost nothing.
+
+Metadata is not trusted: a sequence whose offsets or context are invalid gets no keys and NaN rows, page ids are
+clamped into the pool before they address anything, and a sequence with a live page id outside the pool gets NaN rows.
+
+Page offsets are 64 bits wide. Weights and logits live in base 2: `exp(x)` is `exp2(x * log2(e))`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite, so that no row ever meets inf - inf
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _max(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _splits(
+    context, q_len, WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """First key (a multiple of ALIGN), keys a split (of BLOCK) and splits of a short sequence; scalars or vectors."""
+    low = tl.maximum(context - q_len, 0)
+    if WINDOW > 0:
+        low = tl.maximum(low - (WINDOW - 1), 0) // ALIGN * ALIGN
+    else:
+        low = low * 0
+    keys = tl.maximum(context - low, 1)
+    count = tl.minimum((keys + SPLIT - 1) // SPLIT, MAX_SPLITS)
+    size = (keys + count - 1) // count
+    size = (size + BLOCK - 1) // BLOCK * BLOCK
+    return low, size, (keys + size - 1) // size
+
+
+@triton.jit
+def _survey(
+    query_start_loc, context_lens, live,
+    T: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
+    SHORT_Q: tl.constexpr, LONG_Q: tl.constexpr, HAS_LONG: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Inclusive prefix sums of short and long items [S_PAD], the rows any sequence owns, and the offsets' maxima."""
+    s = tl.arange(0, S_PAD)
+    alive = s < live
+    begin = tl.load(query_start_loc + s, mask=alive, other=0)
+    end = tl.load(query_start_loc + s + 1, mask=alive, other=0)
+    context = tl.load(context_lens + s, mask=alive, other=0)
+    start = tl.minimum(tl.maximum(tl.associative_scan(begin, 0, _max), 0), T)
+    stop = tl.where(alive, tl.minimum(tl.maximum(end, start), T), start)
+    valid = (begin == start) & (end == stop) & (context >= 0) & (context <= CAPACITY) & alive
+    rows = stop - start
+    q_len = tl.where(valid, rows, 0)
+    low, size, splits = _splits(tl.where(valid, context, 0), q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    short = tl.where(q_len > 0, splits, (rows > 0).to(tl.int32))
+    long = (rows + LONG_Q - 1) // LONG_Q
+    if HAS_LONG:
+        is_short = rows <= SHORT_Q
+        short = tl.where(is_short, short, 0)
+        long = tl.where(is_short, 0, long)
+    else:
+        short = tl.where(rows <= SHORT_Q, short, (rows + SHORT_Q - 1) // SHORT_Q)
+        long = long * 0
+    first = tl.min(tl.where(alive & (rows > 0), start, T), 0)
+    return tl.cumsum(short, 0), tl.cumsum(long, 0), first, tl.max(tl.where(alive, stop, 0), 0), start
+
+
+@triton.jit
+def _find(sums, index, S_PAD: tl.constexpr):
+    """The sequence an item belongs to, and the item's number within it."""
+    before = sums <= index
+    sequence = tl.sum(before.to(tl.int32), 0)
+    return sequence, index - tl.max(tl.where(before, sums, 0), 0)
+
+
+@triton.jit
+def _any_bad_page(table, first, last, P: tl.constexpr, CHUNK: tl.constexpr):
+    """1 when an entry of table[first:last] lies outside the pool."""
+    bad = tl.zeros([CHUNK], tl.int32)
+    for at in tl.range(first, last, CHUNK, num_stages=1):
+        entry = at + tl.arange(0, CHUNK)
+        page = tl.load(table + entry, mask=entry < last, other=0)
+        bad = bad | ((page < 0) | ((page >= P) & (entry < last))).to(tl.int32)
+    return tl.max(bad, 0)
+
+
+@triton.jit
+def _tanh(y):
+    """tanh to a few ulp everywhere: an odd polynomial near 0, where 1 - 2 / (1 + e^2y) would cancel."""
+    square = y * y
+    small = y + y * square * (-0.333332986 + square * (0.133319244 + square * (-0.0537838303 + square * (
+        0.0207959656 + square * -0.00589515083))))  # fmt: skip
+    large = 1.0 - 2.0 / (1.0 + tl.math.exp2(y * (2.0 * LOG2E)))
+    return tl.where(tl.abs(y) < 0.6, small, large)
+
+
+@triton.jit
+def _logits(scores, scale, CAP: tl.constexpr):
+    """Base-2 logits of raw scores."""
+    if CAP > 0:
+        return _tanh(scores * scale) * (CAP * LOG2E)
+    return scores * scale
+
+
+@triton.jit
+def _fold(
+    scores, v, acc, m, l, scale, hi, lo, keys, edge,
+    CAP: tl.constexpr, FUSED: tl.constexpr, WINDOW: tl.constexpr, ALWAYS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax. FUSED: a plain positive scale, applied inside the exponent's multiply-add."""
+    if FUSED:
+        x = scores
+    else:
+        x = _logits(scores, scale, CAP)
+    if ALWAYS_MASK:
+        x = _mask(x, hi, lo, keys, WINDOW)
+    else:
+        if edge:
+            x = _mask(x, hi, lo, keys, WINDOW)
+    top = tl.max(x, 1)
+    if FUSED:
+        top = top * scale
+    new = tl.maximum(m, top)
+    if FUSED:
+        p = tl.math.exp2(x * scale - new[:, None])
+    else:
+        p = tl.math.exp2(x - new[:, None])
+    keep = tl.math.exp2(m - new)
+    l = l * keep + tl.sum(p, 1)
+    acc = acc * keep[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return acc, new, l
+
+
+@triton.jit
+def _mask(x, hi, lo, keys, WINDOW: tl.constexpr):
+    seen = keys[None, :] < hi[:, None]
+    if WINDOW > 0:
+        seen = seen & (keys[None, :] >= lo[:, None])
+    return tl.where(seen, x, float("-inf"))
+
+
+@triton.jit
+def _attend(
+    queries, kv_pages, table, token, head, row_ok, kv_head, position, first_key, first_position, last_position,
+    begin, end, scale,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, FUSED: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALWAYS_MASK: tl.constexpr, ONE_PAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys [begin, end) of one sequence into a tile of rows.
+
+    token, head, row_ok, position: [BLOCK_M]. first_key: keys below it are seen by no row. first_position and
+    last_position: the tile's smallest and largest. Returns acc [BLOCK_M, D_PAD], m and l [BLOCK_M], all f32 in base 2,
+    and 1 when a page id that was needed lies outside the pool.
+    """
+    d = tl.arange(0, D_PAD)
+    at = (token.to(tl.int64) * HQ + head) * D
+    q = tl.load(queries + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
+    hi = position + 1
+    lo = position - (WINDOW - 1)
+    open_lo = last_position - (WINDOW - 1)  # keys from here up to open_hi are seen by every row
+    open_hi = first_position + 1
+    STRIDE: tl.constexpr = 2 * HKV * D  # elements between two slots of a page
+    keys_base = kv_pages + kv_head * (2 * D)
+    n = tl.arange(0, BLOCK_N)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    LAST: tl.constexpr = P - 1 if P > 0 else 0
+    if ONE_PAGE:  # a block never crosses a page
+        bad = begin * 0
+        page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
+    else:
+        bad = tl.zeros([BLOCK_N], tl.int32)
+        needed = (begin + n < end) & (begin + n >= first_key)
+        page = tl.load(table + (begin + n) // PAGE, mask=needed, other=0)
+    if P == 0:
+        bad += 1
+    for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        keys = block + n
+        # The next block's page ids are fetched one block ahead: they address the next loads.
+        inside = tl.minimum(tl.maximum(page, 0), LAST)
+        bad = bad | (page != inside).to(tl.int32)
+        slot = inside.to(tl.int64) * (PAGE * STRIDE) + (keys % PAGE) * STRIDE
+        if ONE_PAGE:
+            page = tl.load(table + (block + BLOCK_N) // PAGE, mask=block + BLOCK_N < end, other=0)
+        else:
+            page = tl.load(table + (keys + BLOCK_N) // PAGE, mask=keys + BLOCK_N < end, other=0)
+        readable = keys < end
+        if WINDOW > 0:
+            readable = readable & (keys >= first_key)
+        at = keys_base + slot[:, None] + d[None, :]
+        ok = readable[:, None] & (d < D)[None, :]
+        k = tl.load(at, mask=ok, other=0.0).to(COMPUTE)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = tl.load(at + D, mask=ok, other=0.0).to(COMPUTE)
+        edge = block + BLOCK_N > open_hi
+        if WINDOW > 0:
+            edge = edge | (block < open_lo)
+        acc, m, l = _fold(
+            scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK
+        )
+    if not ONE_PAGE:
+        bad = tl.max(bad, 0)
+    return acc, m, l, bad
+
+
+@triton.jit
+def _close(
+    acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr,
+):  # fmt: skip
+    """Add the sinks, divide and store; rows without keys become 0, rows of a bad sequence NaN."""
+    seen = l != 0  # a NaN is seen
+    total = l
+    if HAS_SINKS:
+        sink = tl.load(sinks + head, mask=row_ok, other=0.0)
+        top = tl.maximum(m, sink * LOG2E)
+        keep = tl.math.exp2(m - top)
+        total = l * keep + tl.math.exp2(sink * LOG2E - top)
+        m = top
+        acc = acc * keep[:, None]
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    if HAS_V_SCALE:
+        out = out * tl.load(v_scale + head // (HQ // HKV), mask=row_ok, other=0.0)[:, None]
+    out = tl.where(seen[:, None], out, 0.0)
+    out = tl.where(bad > 0, float("nan"), out)
+    d = tl.arange(0, D_PAD)
+    at = token.to(tl.int64) * HQ + head
+    tl.store(
+        output + (at * D)[:, None] + d[None, :],
+        out.to(output.dtype.element_ty),
+        mask=row_ok[:, None] & (d < D)[None, :],
+    )
+    if WRITE_LSE:
+        value = (m + tl.math.log2(tl.where(seen, total, 1.0))) * LN2
+        if HAS_SINKS:
+            value = tl.where(seen, value, sink)
+        else:
+            value = tl.where(seen, value, float("-inf"))
+        tl.store(lse + at, tl.where(bad > 0, float("nan"), value), mask=row_ok)
+
+
+@triton.jit
+def _clear(
+    item, first, last, output, lse, T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, CLEAR: tl.constexpr,
+    WRITE_LSE: tl.constexpr,
+):  # fmt: skip
+    """Give CLEAR elements of the rows outside [first, last) their 0, and their -inf."""
+    i = item.to(tl.int64) * CLEAR + tl.arange(0, CLEAR)  # elements of the rows that nobody owns, in order
+    i = tl.where(i < first.to(tl.int64) * (HQ * D), i, i + (last - first).to(tl.int64) * (HQ * D))
+    inside = i < T * HQ * D
+    tl.store(output + i, tl.zeros([CLEAR], output.dtype.element_ty), mask=inside)
+    if WRITE_LSE:
+        tl.store(lse + i // D, tl.full([CLEAR], float("-inf"), tl.float32), mask=inside & (i % D == 0))
+
+
+@triton.jit
+def attend_kernel(
+    queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, sinks, k_scale, v_scale,
+    output, lse, part_acc, part_ml,
+    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
+    HKV: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr,
+    SCALE: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr,
+    COMPUTE: tl.constexpr, FUSED: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
+    SHORT_M: tl.constexpr, SHORT_Q: tl.constexpr, SHORT_STAGES: tl.constexpr,
+    SHORT_ONE_PAGE: tl.constexpr,
+    HAS_LONG: tl.constexpr, LONG_M: tl.constexpr, LONG_Q: tl.constexpr, LONG_N: tl.constexpr,
+    LONG_STAGES: tl.constexpr, LONG_ONE_PAGE: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    EARLY: tl.constexpr, CLEAR: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Answer every row: items pid, pid + PROGRAMS, ... of the list of short and long tiles and rows to clear.
+
+    queries, output [T, HQ, D]; kv_pages [P, PAGE, 2 * HKV, D]; lse [T, HQ]; part_acc [slots, HQ, MAX_SPLITS, D] and
+    part_ml [slots, HQ, MAX_SPLITS, 2] (maximum, sum) hold the splits of short sequences, unwritten where there is one split.
+    """
+    live = tl.minimum(tl.maximum(tl.load(num_seqs), 0), S)
+    short_sums, long_sums, first_row, last_row, starts = _survey(
+        query_start_loc, context_lens, live, T, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
+        SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SPLIT, MAX_SPLITS,
+    )  # fmt: skip
+    first_row = tl.minimum(first_row, last_row)
+    shorts = tl.max(short_sums, 0)
+    longs = tl.max(long_sums, 0)
+    tiles = (shorts + longs) * HEAD_GROUPS
+    unowned = (T - (last_row - first_row)).to(tl.int64) * (HQ * D)
+    items = tiles + ((unowned + CLEAR - 1) // CLEAR).to(tl.int32)
+    # Short items are spread among the long ones, so that a multiprocessor holds both kinds: loads beside matrix work.
+    # Long ones start in the first EARLY percent, since a long tile that starts last would finish alone.
+    spread = longs + (shorts * EARLY) // 100
+    for item in tl.range(tl.program_id(0), items, PROGRAMS):
+        if item >= tiles:
+            _clear(item - tiles, first_row, last_row, output, lse, T, HQ, D, CLEAR, WRITE_LSE)
+        else:
+            index = item // HEAD_GROUPS
+            group = item % HEAD_GROUPS
+            kv_head = group // (HEAD_GROUPS // HKV)
+            first_head = kv_head * (HQ // HKV) + group % (HEAD_GROUPS // HKV) * HEADS
+            is_short = True
+            short_index = index
+            long_index = index * 0
+            if HAS_LONG:
+                before = index.to(tl.int64) * (spread - longs) // tl.maximum(spread, 1)
+                after = (index.to(tl.int64) + 1) * (spread - longs) // tl.maximum(spread, 1)
+                is_short = (after > before) | (index >= spread)
+                short_index = tl.where(index >= spread, index - longs, before.to(tl.int32))
+                long_index = index - short_index
+            if is_short:
+                _short_item(
+                    short_sums, short_index, starts, kv_head, first_head,
+                    queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
+                    output, lse, part_acc, part_ml,
+                    T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
+                    HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
+                    SHORT_M, SHORT_Q, SHORT_STAGES, SHORT_ONE_PAGE, ALIGN, SHORT_N, SPLIT, MAX_SPLITS, ROW_SLOTS,
+                )  # fmt: skip
+            else:
+                if HAS_LONG:
+                    _long_item(
+                        long_sums, long_index, starts, kv_head, first_head,
+                        queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
+                        output, lse,
+                        T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
+                        HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
+                        LONG_M, LONG_Q, LONG_N, LONG_STAGES, LONG_ONE_PAGE, LONG_MASK, LONG_ALIGN,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _sequence(sequence, start, context_lens, query_start_loc, T: tl.constexpr, CAPACITY: tl.constexpr):
+    """One past its last row, its query length, its context, and 1 when its metadata is invalid (no queries then)."""
+    begin = tl.load(query_start_loc + sequence)
+    end = tl.load(query_start_loc + sequence + 1)
+    context = tl.load(context_lens + sequence)
+    stop = tl.minimum(tl.maximum(end, start), T)
+    bad = ((begin != start) | (end != stop) | (context < 0) | (context > CAPACITY)).to(tl.int32)
+    good = 1 - bad
+    return stop, (stop - start) * good, context * good, bad
+
+
+@triton.jit
+def _scaled(kv_head, k_scale, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_K_SCALE: tl.constexpr):
+    """What a raw score is multiplied by: into base 2, or into units of the cap."""
+    if CAP > 0:
+        factor = tl.full([], SCALE / CAP, tl.float32)
+    else:
+        factor = tl.full([], SCALE * LOG2E, tl.float32)
+    if HAS_K_SCALE:
+        factor = factor * tl.load(k_scale + kv_head)
+    return factor
+
+
+@triton.jit
+def _rows(first_token, stop, first_head, kv_head, M: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Token, head and liveness of a tile's rows, [M] each."""
+    r = tl.arange(0, M)
+    token = first_token + r // HEADS
+    head = first_head + r % HEADS
+    ok = (token < stop) & (r < Q * HEADS) & (head < (kv_head + 1) * GROUP)
+    return token, head, ok
+
+
+@triton.jit
+def _short_item(
+    sums, index, starts, kv_head, first_head,
+    queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
+    output, lse, part_acc, part_ml,
+    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
+    HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
+    M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One split of a short sequence, or one narrow tile of a long one in a program without long tiles."""
+    sequence, number = _find(sums, index, S_PAD)
+    start = tl.sum(tl.where(tl.arange(0, S_PAD) == sequence, starts, 0), 0)
+    stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
+    low, size, splits = _splits(context, q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    table = block_tables + sequence.to(tl.int64) * PAGES_PER_SEQ
+    whole = stop - start > Q  # several tiles, hence one split
+    splits = tl.where(whole | (bad > 0), 1, splits)
+    tile = tl.where(whole, number, 0)
+    begin = low + tl.where(whole, 0, number * size)
+    end = tl.where(splits > 1, tl.minimum(begin + size, context), context)
+    first_token = start + tile * Q
+    token, head, row_ok = _rows(first_token, stop, first_head, kv_head, M, Q, HEADS, HQ // HKV)
+    first_position = context - q_len + tile * Q
+    last_position = tl.minimum(first_position + Q, context) - 1
+    first_key = low
+    if WINDOW > 0:
+        first_key = tl.maximum(tl.maximum(context - q_len, 0) - (WINDOW - 1), 0)
+    if whole:
+        # Other tiles of the sequence see pages that this one does not, and all must agree.
+        bad = bad | _any_bad_page(table, first_key // PAGE, (context + PAGE - 1) // PAGE, P, 128)
+        end = tl.minimum(end, tl.maximum(last_position + 1, 0))
+        if WINDOW > 0:
+            first_key = tl.maximum(first_position - (WINDOW - 1), 0)
+            begin = first_key // ALIGN * ALIGN
+    acc, m, l, bad_page = _attend(
+        queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
+        first_key, first_position, last_position, begin, end,
+        _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, ONE_PAGE, STAGES,
+    )  # fmt: skip
+    bad = bad | bad_page
+    if splits == 1:
+        _close(
+            acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale,
+            HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
+        )  # fmt: skip
+    else:
+        if MAX_SPLITS > 1:
+            slot = _slot(token, start, sequence, Q, ROW_SLOTS)
+            at = (slot * HQ + head) * MAX_SPLITS + number
+            d = tl.arange(0, D_PAD)
+            l = tl.where(bad > 0, float("nan"), l)
+            tl.store(part_acc + (at * D)[:, None] + d[None, :], acc, mask=row_ok[:, None] & (d < D)[None, :])
+            tl.store(part_ml + 2 * at, m, mask=row_ok)
+            tl.store(part_ml + 2 * at + 1, l, mask=row_ok)
+
+
+@triton.jit
+def _long_item(
+    sums, index, starts, kv_head, first_head,
+    queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
+    output, lse,
+    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
+    HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
+    WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
+    M: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
+    MASK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One tile of Q tokens with every key it sees; the last tiles of a sequence, which see most, come first."""
+    sequence, number = _find(sums, index, S_PAD)
+    start = tl.sum(tl.where(tl.arange(0, S_PAD) == sequence, starts, 0), 0)
+    stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
+    tile = (stop - start + Q - 1) // Q - 1 - number
+    table = block_tables + sequence.to(tl.int64) * PAGES_PER_SEQ
+    first_token = start + tile * Q
+    token, head, row_ok = _rows(first_token, stop, first_head, kv_head, M, Q, HEADS, HQ // HKV)
+    first_position = context - q_len + tile * Q
+    last_position = tl.minimum(first_position + Q, context) - 1
+    first_key = start * 0
+    begin = first_key
+    seen = first_key
+    if WINDOW > 0:
+        seen = tl.maximum(tl.maximum(context - q_len, 0) - (WINDOW - 1), 0)
+        first_key = tl.maximum(first_position - (WINDOW - 1), 0)
+        begin = first_key // ALIGN * ALIGN
+    end = tl.maximum(last_position + 1, 0)
+    bad = bad | _any_bad_page(table, seen // PAGE, (context + PAGE - 1) // PAGE, P, 256)
+    acc, m, l, _ = _attend(
+        queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
+        first_key, first_position, last_position, begin, end,
+        _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, ONE_PAGE, STAGES,
+    )  # fmt: skip
+    _close(
+        acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale,
+        HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _slot(token, start, sequence, SHORT_Q: tl.constexpr, ROW_SLOTS: tl.constexpr):
+    """Where a row of a short sequence keeps its splits: its own row, or a place in its sequence's SHORT_Q."""
+    if ROW_SLOTS:
+        return token.to(tl.int64)
+    return sequence.to(tl.int64) * SHORT_Q + (token - start)
+
+
+@triton.jit
+def combine_kernel(
+    part_acc, part_ml, context_lens, query_start_loc, num_seqs, sinks, v_scale, output, lse,
+    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
+    HKV: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr, SHORT_Q: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of the short sequence program_id(0), in the order of their keys.
+
+    Program (s, i) of PROGRAMS answers ROWS of its rows (token, head) at a time. output and lse already hold every
+    row that has one split, and are updated in place.
+    """
+    sequence = tl.program_id(0)
+    live = tl.minimum(tl.maximum(tl.load(num_seqs), 0), S)
+    if sequence < live:
+        s = tl.arange(0, S_PAD)
+        begins = tl.load(query_start_loc + s, mask=s <= sequence, other=0)
+        start = tl.minimum(tl.max(begins, 0), T)
+        stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
+        low, size, splits = _splits(context, q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+        if (splits > 1) & (bad == 0) & (q_len <= SHORT_Q):
+            for first in tl.range(tl.program_id(1) * ROWS, q_len * HQ, PROGRAMS * ROWS, num_stages=1):
+                r = first + tl.arange(0, ROWS)
+                row_ok = r < q_len * HQ
+                token = start + r // HQ
+                head = r % HQ
+                at = (_slot(token, start, sequence, SHORT_Q, ROW_SLOTS) * HQ + head) * MAX_SPLITS
+                acc, m, l = _merge(part_acc, part_ml, at, row_ok, splits, D, D_PAD, ROWS, SPLITS_PAD, STAGES)
+                _close(
+                    acc, m, l, 0, token, head, row_ok, output, lse, sinks, v_scale,
+                    HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
+                )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    part_acc, part_ml, at, row_ok, splits, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """acc [ROWS, D_PAD], m and l [ROWS] of all splits of the rows whose first split is number `at`."""
+    i = tl.arange(0, SPLITS_PAD)
+    ok = row_ok[:, None] & (i < splits)[None, :]
+    m = tl.load(part_ml + 2 * (at[:, None] + i[None, :]), mask=ok, other=LOWEST)
+    l = tl.load(part_ml + 2 * (at[:, None] + i[None, :]) + 1, mask=ok, other=0.0)
+    top = tl.max(m, 1)
+    total = tl.sum(l * tl.math.exp2(m - top[:, None]), 1)
+    d = tl.arange(0, D_PAD)
+    inside = row_ok[:, None] & (d < D)[None, :]
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    for split in tl.range(0, splits, num_stages=STAGES):
+        weight = tl.math.exp2(tl.load(part_ml + 2 * (at + split), mask=row_ok, other=LOWEST) - top)
+        acc += tl.load(part_acc + ((at + split) * D)[:, None] + d[None, :], mask=inside, other=0.0) * weight[:, None]
+    return acc, top, total
