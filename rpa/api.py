@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rpa import device as devices
 from rpa import select
 from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
+from rpa.program import compiled
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
@@ -74,27 +76,26 @@ def ragged_page_attention_v2(
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and, for metadata, the sequence.
     """
-    arrays = (
-        queries,
-        kv_pages,
-        context_lens,
-        block_tables,
-        query_start_loc,
-        num_seqs,
-        softmax_aux,
-        k_scale,
-        v_scale,
-    )
+    arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
+              k_scale, v_scale)  # fmt: skip
     options = (softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value, vmem_limit_bytes,
                return_lse)  # fmt: skip
-    inputs, signature = prepare(arrays, options, validate)
-    _check_config(cfg)
-    wanted = rules.platform_of(platform)
     if mesh is not None or in_specs is not None or out_specs is not None:
         from rpa import shard
 
-        return shard.run(inputs, signature, wanted, cfg, mesh, in_specs, out_specs)
-    return execute(inputs, signature, wanted, cfg)
+        return shard.run(arrays, options, validate, platform, cfg, mesh, in_specs, out_specs)
+    key = None if validate is not False else _facts(arrays, (*options, platform, cfg))
+    plan = None if key is None else _PLANS.get(key)
+    if plan is not None and plan.moment == select.moment():
+        return plan.run(arrays)
+    inputs, signature = prepare(arrays, options, validate)
+    choice = _choose(inputs, signature, platform, cfg)
+    if choice is None:
+        return nothing_to_do(signature)
+    device = devices.current(inputs.queries)
+    if key is not None and select.is_plain():
+        _remember(key, arrays, inputs, signature, choice, device)
+    return run_on(choice.implementation, inputs, signature, choice.config, device)
 
 
 def prepare(arrays: tuple, options: tuple, check_values: Any) -> tuple[Inputs, Signature]:
@@ -164,14 +165,38 @@ def _signature(inputs: Inputs, options: tuple) -> Signature:
 
 
 def execute(
-    inputs: Inputs, signature: Signature, platform: str, cfg: RaggedPageAttentionv2Config | None
+    inputs: Inputs,
+    signature: Signature,
+    platform: str | None,
+    cfg: RaggedPageAttentionv2Config | None,
+    chain: select.ConfigSelectorChain | None = None,
 ) -> Any:
     """Select a backend and a config for a validated call, and run it."""
-    if signature.num_tokens == 0 or signature.max_seqs == 0:
+    choice = _choose(inputs, signature, platform, cfg, chain)
+    if choice is None:
         return nothing_to_do(signature)
     device = devices.current(inputs.queries)
-    choice = select.choose(signature, device, platform, cfg)
-    output, lse = compiled(choice.implementation, signature, choice.config, device)(inputs)
+    return run_on(choice.implementation, inputs, signature, choice.config, device)
+
+
+def _choose(
+    inputs: Inputs, signature: Signature, platform: Any, cfg: Any, chain: Any = None, *, dry: bool = False
+) -> select.Choice | None:
+    """The choice for a validated call; None where there is nothing to compute."""
+    platform = rules.platform_of(platform)
+    check_config(cfg)
+    if signature.num_tokens == 0 or signature.max_seqs == 0:
+        return None
+    concrete = None if any(rules.is_traced(array) for array in inputs) else inputs
+    device = devices.current(inputs.queries)
+    return select.choose(signature, device, platform, cfg, inputs=concrete, chain=chain, dry=dry)
+
+
+def run_on(
+    implementation: Implementation, inputs: Inputs, signature: Signature, config: Any, device: devices.Device
+) -> Any:
+    """Run a validated call on exactly this backend and config."""
+    output, lse = compiled(implementation, signature, config, device)(inputs)
     return (output, lse) if signature.return_lse else output
 
 
@@ -182,18 +207,100 @@ def nothing_to_do(signature: Signature) -> Any:
     return (output, jnp.full(shape, -jnp.inf, jnp.float32)) if signature.return_lse else output
 
 
-@lru_cache(maxsize=4096)
-def compiled(
-    implementation: Implementation, signature: Signature, config: Any, device: devices.Device
-) -> Any:
-    """The jitted program; `device` is in the key because a program is lowered for one chip or interpreter."""
-
-    def ragged_page_attention(inputs: Inputs) -> Any:
-        return implementation.run(inputs, signature, config)
-
-    return jax.jit(ragged_page_attention)
-
-
-def _check_config(cfg: Any) -> None:
+def check_config(cfg: Any) -> None:
     if cfg is not None and not isinstance(cfg, RaggedPageAttentionv2Config):
         raise TypeError(f"cfg={cfg!r}: a RaggedPageAttentionv2Config or None is expected")
+
+
+# ------------------------------------------------------------------ warm calls
+# A call whose static facts were seen before skips their validation and selection; host metadata is still checked.
+
+
+class Plan(NamedTuple):
+    """What a call with known facts does."""
+
+    program: Callable[[Inputs], Any]
+    signature: Signature
+    moment: tuple[Any, ...]  # what the choice depended on besides the call
+    convert: tuple[tuple[int, Callable[[Any], Any]], ...]  # host values that change form, by position
+    check: bool  # whether there are host metadata to check
+
+    def run(self, arrays: tuple[Any, ...]) -> Any:
+        values = list(arrays)
+        for position, form in self.convert:
+            values[position] = form(values[position])
+        inputs = Inputs(*values)
+        if self.check and not rules.plainly_right(inputs, self.signature):
+            rules.check_metadata(inputs, self.signature, False)
+        output, lse = self.program(inputs)
+        return (output, lse) if self.signature.return_lse else output
+
+
+_PLANS: dict[Any, Plan] = {}
+
+
+def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """Everything static about a call as a hashable value; None for what is not worth remembering."""
+    facts: list[Any] = [devices.current(arrays[0])]
+    for value in arrays:
+        kind = _KINDS.get(type(value)) or _kind(value)
+        if kind == "array":
+            facts.append((value.shape, value.dtype))
+        elif kind == "host":
+            facts.append((value.shape, value.dtype, kind))
+        elif kind == "other":
+            return None
+        else:
+            facts.append(kind)
+    facts += options
+    facts += map(type, options)  # True == 1 == 1.0, and they are not the same option
+    key = tuple(facts)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+_KINDS: dict[type, str] = {type(None): "none", int: "int", float: "float", np.ndarray: "host"}
+
+
+def _kind(value: Any) -> str:
+    """What an argument of this type is: "array" on a device, "host", a scalar's name, or "other"."""
+    array = isinstance(value, jax.Array) and not rules.is_traced(value)
+    _KINDS[type(value)] = kind = "array" if array else "other"
+    return kind
+
+
+def _remember(
+    key: Any,
+    arrays: tuple[Any, ...],
+    inputs: Inputs,
+    signature: Signature,
+    choice: Any,
+    device: devices.Device,
+) -> None:
+    """Keep the choice for calls with the same facts."""
+    if len(_PLANS) >= 1024:
+        _PLANS.clear()
+    forms = _forms(signature)
+    host = [rules.is_host(value) for value in arrays]
+    convert = tuple((i, forms[i]) for i in range(len(arrays)) if host[i] and inputs[i] is not arrays[i])
+    program = compiled(choice.implementation, signature, choice.config, device)
+    _PLANS[key] = Plan(program, signature, select.moment(), convert, any(host[2:6]))
+
+
+def _forms(signature: Signature) -> tuple[Callable[[Any], Any], ...]:
+    """How each argument becomes a field of `Inputs`; an array on a device changes form inside the program."""
+    heads = signature.num_kv_heads
+    return (
+        np.asarray,
+        np.asarray,
+        lambda value: rules.int_array("context_lens", value, 1, "[S]"),
+        lambda value: rules.int_array("block_tables", value, 2, "[S, pages_per_seq]"),
+        lambda value: rules.int_array("query_start_loc", value, 1, "[S + 1]"),
+        lambda value: rules.count_of(value, signature.max_seqs),
+        lambda value: rules.sinks_of(value, signature.num_q_heads),
+        lambda value: rules.head_scales("k_scale", value, heads),
+        lambda value: rules.head_scales("v_scale", value, heads),
+    )

@@ -5,10 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-PLATFORMS = ("auto", "triton", "pallas", "cuda", "xla")
-BACKENDS = ("any", "gpu", "tpu", "cpu")
+
+class Platform(StrEnum):
+    """What a kernel is written in."""
+
+    TRITON = "triton"
+    PALLAS = "pallas"
+    CUDA = "cuda"
+    XLA = "xla"
+
+
+class Backend(StrEnum):
+    """The chip a kernel runs on."""
+
+    GPU = "gpu"
+    TPU = "tpu"
+    CPU = "cpu"
+    MPS = "mps"
+    ANY = "any"
+
+
+PLATFORMS = ("auto", *(str(platform) for platform in Platform))
+BACKENDS = tuple(str(backend) for backend in Backend)
 _POSITIVE = ("num_kv_pages_per_block", "num_queries_per_block", "num_warps", "num_stages", "num_kv_splits")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from platform import machine
 from typing import Any
 
 import jax
@@ -23,8 +25,15 @@ class Device:
 
 
 # An ahead-of-time target knows its name and no more.
-_CAPABILITY = {r"A100|A30": (8, 0), r"A10|A40|RTX A": (8, 6), r"L4|L40|RTX 40|Ada": (8, 9), r"H100|H200|H20|GH200": (9, 0),
-               r"B100|B200|GB200": (10, 0), r"B300|GB300": (10, 3), r"RTX 50|RTX PRO 6000": (12, 0)}  # fmt: skip
+_CAPABILITY = {
+    r"A100|A30": (8, 0),
+    r"A10|A40|RTX A": (8, 6),
+    r"L4|L40|RTX 40|Ada": (8, 9),
+    r"H100|H200|H20|GH200": (9, 0),
+    r"B100|B200|GB200": (10, 0),
+    r"B300|GB300": (10, 3),
+    r"RTX 50|RTX PRO 6000": (12, 0),
+}
 
 
 def _capability(kind: str, declared: Any) -> tuple[int, int] | None:
@@ -37,11 +46,20 @@ def _capability(kind: str, declared: Any) -> tuple[int, int] | None:
 @lru_cache(maxsize=256)
 def describe(device: Any) -> Device:
     """A `Device` for a `jax.Device` or a `jax.sharding.AbstractDevice`."""
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    platform = str({"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform))
     capability = None
     if platform == "gpu":
         capability = _capability(device.device_kind, getattr(device, "compute_capability", None))
     return Device(platform, device.device_kind, capability)
+
+
+def fingerprint(device: Device) -> str:
+    """The name under which configs for a chip are stored; CPUs differ by their architecture and cores."""
+    if device.interpreted:
+        return f"interpreted {device.platform}"
+    if device.platform == "cpu":
+        return f"cpu {machine()} x{os.cpu_count()}"
+    return device.kind
 
 
 def _interpreter() -> str | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from rpa.config import RaggedPageAttentionv2Config
@@ -36,9 +36,11 @@ class Slot:
     platform: str
     chips: tuple[str, ...]
     module: str
+    priority: int = 0
+    value: Implementation | None = None  # a registered kernel has no module
 
 
-# The order is the preference of platform="auto".
+# The order is the preference of platform="auto" among equal priorities.
 SLOTS = (
     Slot("pallas_tpu", "pallas", ("tpu",), "rpa.backends.pallas_tpu"),
     Slot("pallas_gpu", "pallas", ("gpu",), "rpa.backends.pallas_gpu"),
@@ -47,16 +49,49 @@ SLOTS = (
 )
 
 
-@cache
+class Registered:
+    """The kernels that callers added; see `rpa.registered`."""
+
+    slots: tuple[Slot, ...] = ()
+    generation: int = 0  # counts changes, so that a remembered choice can tell that it is stale
+
+
+REGISTERED = Registered()
+
+
+def publish(slots: tuple[Slot, ...]) -> None:
+    """Make these the added kernels."""
+    REGISTERED.slots = slots
+    REGISTERED.generation += 1
+
+
+@functools.cache
 def load(name: str) -> Implementation:
-    """The backend called `name`; an `ImportError` says what is not installed."""
+    """The built-in backend called `name`; an `ImportError` says what is not installed."""
     slot = next(s for s in SLOTS if s.name == name)
     return importlib.import_module(slot.module).BACKEND
 
 
+def implementation_of(slot: Slot) -> Implementation:
+    return slot.value or load(slot.name)
+
+
 def exists() -> list[Slot]:
+    """The slots that hold a backend, the registered ones included, highest priority first."""
+    return sorted((*builtin(), *REGISTERED.slots), key=lambda slot: -slot.priority)
+
+
+def builtin() -> list[Slot]:
     """The slots whose module is part of this package."""
-    return [slot for slot in SLOTS if importlib.util.find_spec(slot.module) is not None]
+    return [slot for slot in SLOTS if _has_module(slot.module)]
+
+
+@functools.cache
+def _has_module(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+# ------------------------------------------------------------------ which backend takes a call
 
 
 def why_not(slot: Slot, signature: Signature, device: Device) -> str | None:
@@ -64,10 +99,25 @@ def why_not(slot: Slot, signature: Signature, device: Device) -> str | None:
     if device.platform not in slot.chips:
         return f"it runs on {' and '.join(slot.chips)}, and this call is lowered for {device.platform} ({device.kind})"
     try:
-        implementation = load(slot.name)
+        implementation = implementation_of(slot)
     except ImportError as error:
         return f"it is not installed: {error}"
     return implementation.supports(signature, device)
+
+
+def refusals(signature: Signature, device: Device) -> dict[str, str | None]:
+    """Every backend's reason not to take the call, None for those that can."""
+    return {slot.name: why_not(slot, signature, device) for slot in exists()}
+
+
+def able(platform: str, signature: Signature, device: Device) -> list[Slot]:
+    """The slots of `platform` that can take the call, in order of preference, one a platform."""
+    found: dict[str, Slot] = {}
+    for slot in exists():
+        wanted = platform in ("auto", slot.platform) and slot.platform not in found
+        if wanted and why_not(slot, signature, device) is None:
+            found[slot.platform] = slot
+    return list(found.values())
 
 
 def resolve(platform: str, signature: Signature, device: Device) -> tuple[Implementation, str]:
@@ -81,23 +131,30 @@ def resolve(platform: str, signature: Signature, device: Device) -> tuple[Implem
     for slot in wanted:
         reason = why_not(slot, signature, device)
         if reason is None:
-            return load(slot.name), _because(platform, slot, reasons)
+            return implementation_of(slot), _because(platform, slot, reasons)
         reasons[slot.name] = reason
-    raise ValueError(_refusal(platform, signature, device, reasons))
+    raise ValueError(refusal(platform, signature, device, reasons))
 
 
 def _because(platform: str, slot: Slot, refused: dict[str, str]) -> str:
-    if platform != "auto":
-        return f"platform={platform!r} was asked for"
     others = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
+    if platform != "auto":
+        return f"platform={platform!r} was asked for{others}"
     return f"first backend that takes the call{others}"
 
 
-def _refusal(platform: str, signature: Signature, device: Device, reasons: dict[str, str]) -> str:
+def refusal(platform: str, signature: Signature, device: Device, reasons: dict[str, str]) -> str:
     text = f"platform={platform!r} has no kernel for this call on {device.platform} ({device.kind})"
-    text += "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
-    able = [
-        slot for slot in exists() if slot.name not in reasons and why_not(slot, signature, device) is None
-    ]
-    names = ", ".join(sorted({f"platform={slot.platform!r}" for slot in able})) or "none"
-    return f"{text}\nBackends that can take it here: {names}"
+    everyone = refusals(signature, device)
+    text += "".join(f"\n  {name}: {reason}" for name, reason in (reasons | everyone).items() if reason)
+    takers = sorted({f"platform={slot.platform!r}" for slot in exists() if everyone[slot.name] is None})
+    return f"{text}\nBackends that can take it here: {', '.join(takers) or 'none'}"
+
+
+# One decode step of an everyday model, for questions that are asked without a call.
+TYPICAL = Signature(
+    num_tokens=8, num_q_heads=32, head_dim=128, num_pages=1024, page_size=16, num_kv_heads=8, max_seqs=8,
+    pages_per_seq=128, q_dtype="bfloat16", kv_dtype="bfloat16", compute_dtype="bfloat16", sinks=False,
+    k_scale=False, v_scale=False, return_lse=False, optimized=False, softmax_scale=128**-0.5,
+    logits_soft_cap=None, sliding_window=None, vmem_limit_bytes=None,
+)  # fmt: skip

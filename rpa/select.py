@@ -1,33 +1,442 @@
-"""Which backend and which config a call gets, and why."""
+"""Which backend and which config a call gets, and why: one loop over the places a config can come from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
-from rpa import registry
+from rpa import cache, registry, settings, tune
+from rpa.cache import ConfigCache, PersistentCache, Triple
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.device import Device
+from rpa.device import Device, fingerprint
+from rpa.program import Program
 from rpa.registry import Implementation
-from rpa.signature import Signature
+from rpa.signature import Inputs, Signature
+from rpa.tune import Tuner
+
+STORE = "ragged-page-attention"
+
+
+@dataclass(frozen=True)
+class AutotunePolicy:
+    """What may decide a config when no store holds one.
+
+    `cache_miss_fallback` is `"autotune"`, `"heuristics"` or None: None asks the environment, and without a word
+    from it tunes on accelerators only.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    allow_autotune: bool = True
+    allow_heuristics: bool = True
+    cache_miss_fallback: str | None = None
+    validate_backward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cache_miss_fallback not in (None, *settings.POLICIES):
+            expected = f"one of {', '.join(settings.POLICIES)} or None is expected"
+            raise ValueError(f"cache_miss_fallback={self.cache_miss_fallback!r}: {expected}")
+        if self.validate_backward:
+            raise ValueError("validate_backward=True: the operation has no backward pass to validate")
+
+
+_overrides: ContextVar[tuple[tuple[Any, dict[str, Any]], ...]] = ContextVar("rpa_policies", default=())
+
+
+@contextlib.contextmanager
+def policy_override(selector: Any = None, /, **changes: Any) -> Iterator[None]:
+    """Within the block, and this thread or task only, change fields of a selector's policy.
+
+    Args:
+        selector: a `ConfigSelectorChain`, an `Executor` that holds one, or None for the public function's own.
+        changes: fields of `AutotunePolicy`.
+    """
+    chain = default_chain() if selector is None else getattr(selector, "chooser", selector)
+    replace(chain.policy, **changes)  # an unknown field or value is an error here, not at the next call
+    token = _overrides.set((*_overrides.get(), (chain, changes)))
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What selection has to know about one call."""
+
+    op: str
+    device: str  # the stores' name for the chip
+    stem: str  # the readable key, before versions
+    heuristic: Callable[[], Any]
+    candidates: Callable[[], Sequence[Any]]
+    program: Callable[[Any], Callable[..., Any]]  # what a candidate would run
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    explicit: Any | None = None
+    untunable: str | None = None  # why this call may not be tuned
+    accelerator: bool = False
+    refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
+
+    @property
+    def key(self) -> str:
+        return " ".join([self.stem, *(f"{name}={version}" for name, version in cache.versions().items())])
+
+    @property
+    def triple(self) -> Triple:
+        return (self.device, self.op, self.key)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A config, the stage that named it, the reason, and what the stages before it said."""
+
+    config: Any
+    source: str
+    reason: str
+    trail: tuple[tuple[str, str], ...]
+
+
+Lookup = tuple[Any | None, str]  # a config or None, and the reason
+
+
+class ConfigSelectorChain:
+    """Explicit > overlay > memory > persistent > shipped > autotune > heuristic > error.
+
+    An explicit config and a heuristic one are never stored; only a tuned one is.
+
+    Args:
+        on_event: called as `on_event(name, device=, op_id=, call_key=, ...)` with `override`, `overlay_hit`,
+            `cache_hit` (and `level`), `autotune_start`, `autotune_finish`, `heuristics`, `error`.
+        forbid_reautotune: a key whose tuning failed is not tuned again in this process.
+    """
+
+    def __init__(
+        self,
+        cache: ConfigCache | None = None,
+        policy: AutotunePolicy | None = None,
+        tuner: Any = None,
+        persistent: PersistentCache | None = None,
+        persist_autotune: bool = True,
+        on_event: Callable[..., None] | None = None,
+        forbid_reautotune: bool = True,
+    ) -> None:
+        self.cache = ConfigCache() if cache is None else cache
+        self.tuner = Tuner() if tuner is None else tuner
+        self.persistent = persistent
+        self.persist_autotune = persist_autotune
+        self.on_event = on_event
+        self.forbid_reautotune = forbid_reautotune
+        self._policy = policy or AutotunePolicy()
+        self._failed: set[Triple] = set()
+        self._tuning = threading.RLock()
+
+    @property
+    def policy(self) -> AutotunePolicy:
+        """The policy in force here, `policy_override` included."""
+        policy = self._policy
+        for chain, changes in _overrides.get():
+            if chain is self:
+                policy = replace(policy, **changes)
+        return policy
+
+    def choose(self, inv: Any, kernel: Any) -> Any:
+        """The config of an invocation of a kernel."""
+        return self.find(kernel.query(inv)).config
+
+    def find(self, query: Query, *, dry: bool = False) -> Found:
+        """Ask every stage in order; with `dry` nothing is tuned.
+
+        Raises:
+            RuntimeError: no stage has a config; the text says what each answered.
+        """
+        stages = (
+            ("explicit", self._explicit),
+            ("overlay", self._overlay),
+            ("memory", self._memory),
+            ("persistent", self._persistent),
+            ("shipped", self._shipped),
+            ("autotune", self._dry if dry else self._autotune),
+            ("heuristic", self._heuristic),
+        )
+        trail: list[tuple[str, str]] = []
+        for stage, lookup in stages:
+            config, reason = lookup(query)
+            trail.append((stage, reason))
+            if config is not None:
+                self._emit(stage, query, config)
+                return Found(config, stage, reason, tuple(trail))
+        self._emit("error", query, None)
+        answers = "".join(f"\n  {stage}: {reason}" for stage, reason in trail)
+        raise RuntimeError(f"no config for {query.op} {query.stem}:{answers}")
+
+    # Each stage answers with a config or None, and why.
+
+    def _explicit(self, query: Query) -> Lookup:
+        return query.explicit, "none was given" if query.explicit is None else "cfg= was given"
+
+    def _overlay(self, query: Query) -> Lookup:
+        return self._usable(query, cache.find_overlay(query.triple), "an overlay holds it")
+
+    def _memory(self, query: Query) -> Lookup:
+        found = self.cache.get(*query.triple)
+        return self._usable(query, found, "it was tuned or put earlier in this process")
+
+    def _persistent(self, query: Query) -> Lookup:
+        if self.persistent is None:
+            return None, "there is no store"
+        found = self.persistent.get(*query.triple)
+        return self._usable(query, found, f"{self.persistent.path} holds it")
+
+    def _shipped(self, query: Query) -> Lookup:
+        entry = cache.shipped(query.device).get(f"{query.op}|{query.stem}")
+        if entry is None:
+            return None, f"the tables that ship hold nothing for it on {query.device}"
+        found = RaggedPageAttentionv2Config.from_dict(entry["config"])
+        return self._usable(query, found, f"it ships: {entry['note']}")
+
+    def _usable(self, query: Query, found: Any, reason: str) -> Lookup:
+        if found is None:
+            return None, "nothing there"
+        refusal = query.refuse(found)
+        return (found, reason) if refusal is None else (None, f"its config cannot be used here: {refusal}")
+
+    def _why_not_tune(self, query: Query) -> str | None:
+        policy = self.policy
+        default = "autotune" if query.accelerator else "heuristics"
+        fallback = policy.cache_miss_fallback or settings.autotune_policy() or default
+        if fallback != "autotune" or not policy.allow_autotune:
+            return (
+                "the policy is heuristics"
+                if query.accelerator
+                else "off accelerators the policy is heuristics"
+            )
+        if query.untunable is not None:
+            return query.untunable
+        if self.forbid_reautotune and query.triple in self._failed:
+            return "tuning it failed earlier in this process"
+        return tune.why_not(self.tuner)
+
+    def _dry(self, query: Query) -> Lookup:
+        return None, self._why_not_tune(query) or "a call outside jit would tune now"
+
+    def _autotune(self, query: Query) -> Lookup:
+        reason = self._why_not_tune(query)
+        if reason is not None:
+            return None, reason
+        with self._tuning:
+            found = self.cache.get(*query.triple)  # another thread may have tuned it while this one waited
+            return (found, "another thread tuned it") if found is not None else self._tune(query)
+
+    def _tune(self, query: Query) -> Lookup:
+        first = query.heuristic()
+        candidates = [first, *(config for config in query.candidates() if config != first)]
+        self._announce("autotune_start", query, candidates=len(candidates))
+        try:
+            best = self.tuner.autotune(query.program, query.args, query.kwargs, candidates)
+        except tune.TuningFailed as error:
+            self._failed.add(query.triple)
+            warnings.warn(
+                f"tuning {query.stem} found no usable config:\n{error}", RuntimeWarning, stacklevel=2
+            )
+            return None, "tuning it failed"
+        reason = tune.verdict(self.tuner, best)
+        self.cache.put(*query.triple, best)
+        if self.persistent is not None and self.persist_autotune:
+            self.persistent.put(*query.triple, best, note=reason)
+        return best, reason
+
+    def _heuristic(self, query: Query) -> Lookup:
+        if not self.policy.allow_heuristics:
+            return None, "the policy allows no heuristics"
+        return query.heuristic(), "the backend's own default"
+
+    def _emit(self, stage: str, query: Query, config: Any) -> None:
+        name, details = _EVENTS[stage]
+        self._announce(name, query, cfg=config, **details)
+
+    def _announce(self, name: str, query: Query, **details: Any) -> None:
+        if self.on_event is not None:
+            self.on_event(name, device=query.device, op_id=query.op, call_key=query.key, **details)
+
+
+_EVENTS: dict[str, tuple[str, dict[str, str]]] = {
+    "explicit": ("override", {}),
+    "overlay": ("overlay_hit", {}),
+    "memory": ("cache_hit", {"level": "memory"}),
+    "persistent": ("cache_hit", {"level": "persistent"}),
+    "shipped": ("cache_hit", {"level": "shipped"}),
+    "autotune": ("autotune_finish", {}),
+    "heuristic": ("heuristics", {}),
+    "error": ("error", {"reason": "no_config"}),
+}
+
+
+@lru_cache(maxsize=1)
+def default_chain() -> ConfigSelectorChain:
+    """The selector of the public function, made at its first call."""
+    return ConfigSelectorChain(persistent=PersistentCache(STORE))
+
+
+def is_plain() -> bool:
+    """Whether nothing of this moment (overlay, override, observer) bears on the public function's choice."""
+    return not (cache.overlays() or _overrides.get() or default_chain().on_event)
+
+
+def moment() -> tuple[Any, ...]:
+    """What a remembered choice of the public function depends on besides the call."""
+    memory = default_chain().cache.generation
+    return memory, PersistentCache.generation, registry.REGISTERED.generation, settings.environment()
+
+
+# ------------------------------------------------------------------ our own operation
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, its config, the stage that named it and the reason."""
+    """A backend, its config, the stage that named it, the reason, and how it was found."""
 
     implementation: Implementation
     config: RaggedPageAttentionv2Config
     source: str  # "explicit" | "overlay" | "memory" | "persistent" | "shipped" | "autotune" | "heuristic"
     reason: str
+    key: Triple = ("", "", "")
+    trail: tuple[tuple[str, str], ...] = ()
 
 
 def choose(
-    signature: Signature, device: Device, platform: str, cfg: RaggedPageAttentionv2Config | None
+    signature: Signature,
+    device: Device,
+    platform: str,
+    cfg: RaggedPageAttentionv2Config | None,
+    *,
+    inputs: Inputs | None = None,
+    sharding: str = "none",
+    chain: ConfigSelectorChain | None = None,
+    dry: bool = False,
 ) -> Choice:
-    """An explicit `cfg`, else the backend's heuristic; `platform` wins over the config's own."""
-    if cfg is not None and platform == "auto":
-        platform = cfg.platform
-    implementation, reason = registry.resolve(platform, signature, device)
-    if cfg is not None:
-        return Choice(implementation, cfg, "explicit", f"cfg= was given; {reason}")
-    return Choice(implementation, implementation.heuristic(signature, device), "heuristic", reason)
+    """The backend and the config of a validated call; `platform` wins over the config's own.
+
+    Args:
+        inputs: concrete arrays that a tuner may run on; None where there are none, as inside jit.
+        sharding: how the call is spread over a mesh, part of the key.
+
+    Raises:
+        ValueError: no backend of the platform can take the call.
+    """
+    asked = cfg.platform if cfg is not None and platform == "auto" else platform
+    _check_chip(cfg, device)
+    preferred, why = registry.resolve(asked, signature, device)
+    query = query_of(signature, device, asked, cfg, inputs=inputs, sharding=sharding)
+    found = (chain or default_chain()).find(query, dry=dry)
+    implementation = preferred
+    if found.source not in ("explicit", "heuristic"):
+        implementation, why = registry.resolve(_platform_of(asked, found.config), signature, device)
+    reason = f"{found.reason}; {implementation.name}: {why}"
+    return Choice(implementation, found.config, found.source, reason, query.triple, found.trail)
+
+
+def query_of(
+    signature: Signature,
+    device: Device,
+    platform: str,
+    cfg: RaggedPageAttentionv2Config | None,
+    *,
+    inputs: Inputs | None = None,
+    sharding: str = "none",
+) -> Query:
+    """Our operation's call, as selection sees it."""
+
+    def backend(config: RaggedPageAttentionv2Config) -> Implementation:
+        return registry.resolve(_platform_of(platform, config), signature, device)[0]
+
+    def heuristic() -> RaggedPageAttentionv2Config:
+        slot = registry.able(platform, signature, device)[0]
+        config = registry.implementation_of(slot).heuristic(signature, device)
+        return config.replace(platform=slot.platform)
+
+    def refuse(config: RaggedPageAttentionv2Config) -> str | None:
+        if platform not in ("auto", config.platform) and config.platform != "auto":
+            return f"it is for platform={config.platform!r}"
+        if registry.able(_platform_of(platform, config), signature, device):
+            return None
+        return f"no kernel of platform={config.platform!r} takes this call"
+
+    untunable = (
+        "inside jit there is nothing to time: tables and heuristics decide" if inputs is None else None
+    )
+    if sharding != "none":
+        untunable = "a sharded call is not tuned: its processes must agree"
+    return Query(
+        op=f"{registry.ALGORITHM}@0",
+        device=fingerprint(device),
+        stem=stem(signature, platform, sharding),
+        heuristic=heuristic,
+        candidates=lambda: candidates(signature, device, platform),
+        program=lambda config: Program(backend(config), signature, config, device),
+        args=() if inputs is None else (inputs,),
+        explicit=cfg,
+        untunable=untunable,
+        accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
+        refuse=refuse,
+    )
+
+
+def candidates(signature: Signature, device: Device, platform: str) -> list[RaggedPageAttentionv2Config]:
+    """The configs worth timing, of every backend that can take the call; each names its platform."""
+    found = []
+    for slot in registry.able(platform, signature, device):
+        implementation = registry.implementation_of(slot)
+        configs = (implementation.heuristic(signature, device), *implementation.candidates(signature, device))
+        found += [config.replace(platform=slot.platform) for config in configs]
+    return list(dict.fromkeys(found))
+
+
+def _platform_of(asked: str, config: Any) -> str:
+    return config.platform if asked == "auto" else asked
+
+
+def _check_chip(cfg: RaggedPageAttentionv2Config | None, device: Device) -> None:
+    if cfg is not None and cfg.backend not in ("any", device.platform):
+        raise ValueError(
+            f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})"
+        )
+
+
+def stem(signature: Signature, platform: str, sharding: str) -> str:
+    """The readable key of a call: what changes the best config, in buckets; scales and `num_seqs` do not.
+
+    >>> stem(registry.TYPICAL, "auto", "none")
+    'auto tokens<=8 seqs<=8 pages<=128 heads=32/8 dim=128 page=16 q=bfloat16 kv=bfloat16 compute=bfloat16'
+    """
+    window = signature.sliding_window
+    parts = [
+        platform,
+        f"tokens<={_bucket(signature.num_tokens)}",
+        f"seqs<={_bucket(signature.max_seqs)}",
+        f"pages<={_bucket(signature.pages_per_seq)}",
+        f"heads={signature.num_q_heads}/{signature.num_kv_heads}",
+        f"dim={signature.head_dim}",
+        f"page={signature.page_size}",
+        f"q={signature.q_dtype}",
+        f"kv={signature.kv_dtype}",
+        f"compute={signature.compute_dtype}",
+        "" if window is None else f"window<={_bucket(window)}",
+        "" if signature.vmem_limit_bytes is None else f"vmem={signature.vmem_limit_bytes}",
+        "" if sharding == "none" else f"sharding={sharding}",
+    ]
+    flags = ("sinks", "k_scale", "v_scale", "return_lse", "optimized")
+    parts += [name for name in flags if getattr(signature, name)]
+    parts += ["cap"] if signature.logits_soft_cap is not None else []
+    return " ".join(part for part in parts if part)
+
+
+def _bucket(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(count - 1, 0).bit_length()

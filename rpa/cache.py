@@ -1,0 +1,274 @@
+"""Where chosen configs are kept: in memory, in overlays, in a file that many processes share, in shipped tables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import lru_cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from rpa import settings
+from rpa.config import RaggedPageAttentionv2Config
+
+SCHEMA = 1
+Triple = tuple[str, str, str]  # device, operation, key
+
+_overlays: ContextVar[tuple[Any, ...]] = ContextVar("rpa_overlays", default=())
+
+
+# ------------------------------------------------------------------ memory and overlays
+
+
+class ConfigCache:
+    """Configs of this process by (device, operation, key); threads may share it."""
+
+    def __init__(self) -> None:
+        self._data: dict[Triple, Any] = {}
+        self._lock = threading.Lock()
+        self.generation = 0  # counts changes, so that a remembered choice can tell that it is stale
+
+    def get(self, device: str, op: str, key: str) -> Any | None:
+        with self._lock:
+            return self._data.get((device, op, key))
+
+    def put(self, device: str, op: str, key: str, cfg: Any) -> None:
+        with self._lock:
+            self._data[device, op, key] = cfg
+            self.generation += 1
+
+    def clear(self) -> None:
+        with self._lock:
+            self._data.clear()
+            self.generation += 1
+
+    def size(self) -> int:
+        return len(self._data)
+
+    def keys(self) -> list[Triple]:
+        with self._lock:
+            return list(self._data)
+
+
+@contextlib.contextmanager
+def overlay_cache(overlay: Mapping[Triple, Any] | RaggedPageAttentionv2Config) -> Iterator[None]:
+    """Within the block, configs that win over every store; the innermost block wins.
+
+    Args:
+        overlay: `{(device, operation, key): config}`, keys as `explain(...).key` gives them, or one config for
+            every call.
+    """
+    token = _overlays.set((overlay, *_overlays.get()))
+    try:
+        yield
+    finally:
+        _overlays.reset(token)
+
+
+def overlays() -> tuple[Any, ...]:
+    """The active overlays, innermost first."""
+    return _overlays.get()
+
+
+def find_overlay(triple: Triple) -> Any | None:
+    for overlay in _overlays.get():
+        found = overlay.get(triple) if isinstance(overlay, Mapping) else overlay
+        if found is not None:
+            return found
+    return None
+
+
+# ------------------------------------------------------------------ the file
+
+
+class PersistentCache:
+    """Configs in one JSON file: merged under a lock, replaced atomically, never a reason for a call to fail.
+
+    A file that is truncated, foreign, of another schema or not writable is a warning and a miss. Nothing is read
+    or created before the first `get` or `put`.
+
+    Args:
+        opname: names the file, `<opname>.json`.
+        path: the file, or an existing folder to hold it; None takes `RPA_CACHE_DIR`, else the user's cache folder.
+        loader, dumper: a config from plain data and back.
+    """
+
+    generation = (
+        0  # counts this process's writes to any store, so that a remembered choice can tell it is stale
+    )
+
+    def __init__(
+        self,
+        opname: str,
+        path: str | os.PathLike[str] | None = None,
+        loader: Callable[[Any], Any] = RaggedPageAttentionv2Config.from_dict,
+        dumper: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.opname = opname
+        self._path = None if path is None else Path(path).expanduser()
+        self._loader = loader
+        self._dumper = dumper or _plain
+        self._read: tuple[Any, dict[str, Any]] = (None, {})  # stamp of the file, its entries
+
+    @property
+    def path(self) -> Path:
+        """The file, found anew at each use since the environment may change."""
+        if self._path is None:
+            return settings.cache_dir() / f"{self.opname}.json"
+        return self._path / f"{self.opname}.json" if self._path.is_dir() else self._path
+
+    def get(self, device: str, op: str, key: str) -> Any | None:
+        """The stored config, or None; an entry that is no config is a warning and None."""
+        entry = self.entries().get(_joined(device, op, key))
+        if entry is None:
+            return None
+        try:
+            return self._loader(entry["config"])
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            _warn(f"{self.path}: the entry {key!r} is not a usable config and is ignored: {error}")
+            return None
+
+    def put(self, device: str, op: str, key: str, cfg: Any, note: str = "") -> None:
+        """Add one config to what other processes have stored meanwhile."""
+        entry = {"config": self._dumper(cfg), "note": note, "versions": versions()}
+        self.merge({_joined(device, op, key): entry})
+
+    def entries(self) -> dict[str, Any]:
+        """All entries, `"device|operation|key" -> {"config", "note", "versions"}`; read again when the file changed."""
+        path = self.path
+        try:
+            stat = path.stat()
+        except OSError:
+            return {}
+        stamp = (path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if self._read[0] != stamp:
+            self._read = (stamp, self._parse(path))
+        return self._read[1]
+
+    def _parse(self, path: Path) -> dict[str, Any]:
+        try:
+            return parse(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            _warn(f"{path}: this store is not usable and counts as empty: {error}")
+            return {}
+
+    def merge(self, added: Mapping[str, Any], *, replace: bool = False) -> bool:
+        """Write `added` over the file's entries (with `replace`, instead of them); False, with a warning, if not."""
+        path = self.path
+        try:
+            from filelock import FileLock
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock", timeout=20):  # its Timeout is an OSError
+                entries = {} if replace else _current(path)
+                _write(path, {**entries, **added})
+        except (OSError, ValueError, NotImplementedError, ImportError) as error:
+            _warn(f"{path}: configs are not stored, and are found anew in the next process: {error}")
+            return False
+        PersistentCache.generation += 1
+        return True
+
+
+def _current(path: Path) -> dict[str, Any]:
+    """The entries to merge into; a broken file is set aside, one of a later schema is left alone (ValueError)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError:
+        text = ""
+    try:
+        return parse(text)
+    except NewerSchema:
+        raise
+    except ValueError:
+        os.replace(path, f"{path}.bad")
+        return {}
+
+
+class NewerSchema(ValueError):
+    """The file belongs to a later version of this package, which would lose what it knows."""
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The entries of a store's text.
+
+    Raises:
+        ValueError: no store of this schema; `NewerSchema` when a later version wrote it.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(data, dict) or not isinstance(data.get("entries"), dict) or "schema" not in data:
+        raise ValueError("it is JSON, but no store of rpa")
+    schema = data["schema"]
+    if schema != SCHEMA:
+        kind = NewerSchema if isinstance(schema, int) and schema > SCHEMA else ValueError
+        raise kind(f"it has schema {schema!r}, and this version reads and writes {SCHEMA}")
+    return data["entries"]
+
+
+def render(entries: Mapping[str, Any]) -> str:
+    """The text of a store."""
+    document = {"schema": SCHEMA, "versions": versions(), "entries": dict(sorted(entries.items()))}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _write(path: Path, entries: Mapping[str, Any]) -> None:
+    """Replace the file whole: a reader sees the old text or the new one, and a crash leaves one of them."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(render(entries))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _plain(cfg: Any) -> Any:
+    if hasattr(cfg, "to_dict"):
+        return cfg.to_dict()
+    return dataclasses.asdict(cfg) if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type) else cfg
+
+
+def _joined(device: str, op: str, key: str) -> str:
+    return f"{device}|{op}|{key}"
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+# ------------------------------------------------------------------ versions and the shipped tables
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """The versions that a tuned config depends on."""
+    found = {}
+    for name in ("rpa", "jax", "triton", "jax-triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@lru_cache(maxsize=16)
+def shipped(kind: str) -> dict[str, Any]:
+    """The tuned table that ships for a device kind, `"operation|key without versions" -> entry`; empty if none."""
+    name = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
+    file = resources.files("rpa").joinpath("tuned", f"{name}.json")
+    return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,68 @@
+"""`explain`: what a call would get, and why, without running or tuning anything."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from rpa import api, registry, select
+from rpa import device as devices
+from rpa import validate as rules
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
+
+_ARRAYS = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux",
+           "k_scale", "v_scale")  # fmt: skip
+_OPTIONS = ("softmax_scale", "logits_soft_cap", "compute_dtype", "optimized", "sliding_window", "mask_value",
+            "vmem_limit_bytes", "return_lse")  # fmt: skip
+
+
+class Explanation(str):
+    """A text for people, with what it was made of as attributes."""
+
+    backend: str
+    config: RaggedPageAttentionv2Config
+    source: str
+    reason: str
+    key: tuple[str, str, str]  # for overlay_cache and the stores
+    trail: tuple[tuple[str, str], ...]  # every stage asked, and its answer
+    refusals: dict[str, str | None]  # every backend's reason not to take the call
+
+
+def explain(*args: Any, **kwargs: Any) -> Explanation:
+    """What `ragged_page_attention_v2` would do with these very arguments, and why.
+
+    Nothing is run, tuned or stored. Arrays may be `jax.ShapeDtypeStruct`s where only their shapes are known.
+
+    Raises:
+        TypeError, ValueError: as the call itself would.
+    """
+    bound = inspect.signature(api.ragged_page_attention_v2).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    arrays, options = tuple(given[name] for name in _ARRAYS), tuple(given[name] for name in _OPTIONS)
+    inputs, signature = api.prepare(arrays, options, given["validate"])
+    device = devices.current(inputs.queries)
+    platform = rules.platform_of(given["platform"])
+    api.check_config(given["cfg"])
+    choice = select.choose(signature, device, platform, given["cfg"], inputs=inputs, dry=True)
+    return _told(choice, device, registry.refusals(signature, device))
+
+
+def _told(choice: select.Choice, device: Device, refusals: dict[str, str | None]) -> Explanation:
+    fields = {name: value for name, value in choice.config.to_dict().items() if value not in (None, {})}
+    lines = [
+        f"backend  {choice.implementation.name} on {device.platform} ({device.kind})",
+        f"config   {', '.join(f'{name}={value}' for name, value in fields.items())}",
+        f"source   {choice.source}",
+        f"reason   {choice.reason}",
+        f"key      {choice.key[2]}",
+        "stages",
+        *(f"  {stage:<11}{answer}" for stage, answer in choice.trail),
+        "backends",
+        *(f"  {name:<11}{reason or 'can take this call'}" for name, reason in refusals.items()),
+    ]
+    text = Explanation("\n".join(lines))
+    text.backend, text.config, text.source = choice.implementation.name, choice.config, choice.source
+    text.reason, text.key, text.trail, text.refusals = choice.reason, choice.key, choice.trail, refusals
+    return text

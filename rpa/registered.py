@@ -1,0 +1,309 @@
+"""Kernels as callables: the public registry, kernels that a caller adds, and platform detection."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from rpa import registry
+from rpa.config import Backend, Platform, RaggedPageAttentionv2Config
+from rpa.device import Device, current
+from rpa.registry import ALGORITHM, SLOTS, Implementation, Slot, load
+from rpa.signature import Inputs, Signature
+
+_ANY_CHIP = ("cpu", "gpu", "tpu", "mps")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One registered kernel: a callable that takes the operation's keyword arguments."""
+
+    platform: Platform
+    backend: Backend
+    algorithm: str
+    implementation: Callable[..., Any]
+    priority: int = 0
+
+
+def _builtin(
+    name: str,
+    /,
+    queries: Any,
+    kv_pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    num_seqs: Any,
+    softmax_scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    compute_dtype: Any = jnp.bfloat16,
+    optimized: bool = False,
+    sliding_window: int | None = None,
+    softmax_aux: Any = None,
+    mask_value: float | None = None,
+    num_kv_pages_per_block: int | None = None,
+    num_queries_per_block: int | None = None,
+    vmem_limit_bytes: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
+    return_lse: bool = False,
+    k_scale: Any = None,
+    v_scale: Any = None,
+) -> Any:
+    """Run the built-in backend `name` on exactly these block sizes."""
+    from rpa import api
+
+    arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
+              k_scale, v_scale)  # fmt: skip
+    options = (softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value,
+               vmem_limit_bytes, return_lse)  # fmt: skip
+    inputs, signature = api.prepare(arrays, options, False)
+    slot = next(slot for slot in SLOTS if slot.name == name)
+    device = current(inputs.queries)
+    reason = registry.why_not(slot, signature, device)
+    if reason is not None:
+        raise ValueError(registry.refusal(slot.platform, signature, device, {name: reason}))
+    cfg = RaggedPageAttentionv2Config(
+        num_kv_pages_per_block, num_queries_per_block, num_warps, num_stages, slot.platform
+    )
+    return api.run_on(load(name), inputs, signature, cfg, device)
+
+
+# What tunes a kernel and does not change its answer: two kernels may differ in these.
+_TUNING = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "num_warps", "num_stages")
+
+
+class KernelRegistry:
+    """Kernels by algorithm, platform and chip; the built-in ones are there from the start."""
+
+    def __init__(self) -> None:
+        self._specs: list[tuple[KernelSpec, Slot | None]] = []
+        self._lock = threading.Lock()
+
+    def register(
+        self, algorithm: str, platform: str, backend: str, priority: int = 0, **facts: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """A decorator that adds a kernel; under our operation's name, calls of that platform can then reach it.
+
+        Args:
+            platform, backend: a `Platform` and a `Backend`, or their names in any case.
+            priority: higher is preferred; among equals the built-in kernels, then the order of registration.
+            facts: `supports`, `heuristic`, `candidates`, `claim`, as in `Implementation`, where the kernel has them.
+
+        Raises:
+            ValueError, TypeError: an unknown platform, backend or fact; the text lists the known ones.
+        """
+        unknown = set(facts) - {"supports", "heuristic", "candidates", "claim"}
+        if unknown:
+            raise TypeError(
+                f"register: {sorted(unknown)[0]!r} is unknown; supports, heuristic, candidates and claim are expected"
+            )
+        where = (_member(Platform, "platform", platform), _member(Backend, "backend", backend))
+
+        def add(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            spec = KernelSpec(*where, algorithm.lower(), kernel, priority)
+            slot = _slot_of(spec, facts) if spec.algorithm == ALGORITHM else None
+            with self._lock:
+                self._specs.append((spec, slot))
+                self._publish()
+            return kernel
+
+        return add
+
+    def unregister(self, kernel: Callable[..., Any]) -> None:
+        """Take a registered kernel out again, wherever it stands."""
+        with self._lock:
+            self._specs = [pair for pair in self._specs if pair[0].implementation is not kernel]
+            self._publish()
+
+    def _publish(self) -> None:
+        registry.publish(tuple(slot for _, slot in self._specs if slot is not None))
+
+    def get(
+        self, algorithm: str, platform: str | None = None, backend: str | None = None
+    ) -> Callable[..., Any]:
+        """The preferred kernel for a platform and a chip; without a backend, for the chip JAX runs on.
+
+        Raises:
+            ValueError: none matches; the text lists those there are.
+        """
+        specs = self.list_implementations(algorithm)
+        wanted = None if platform in (None, "auto") else _member(Platform, "platform", platform)
+        chip = Backend.ANY if backend is None else _member(Backend, "backend", backend)
+        if chip is Backend.ANY:
+            chip = Backend(current().platform)
+        for spec in specs:
+            if wanted in (None, spec.platform) and spec.backend in (Backend.ANY, chip):
+                return spec.implementation
+        known = ", ".join(f"{spec.platform}/{spec.backend}" for spec in specs) or "none"
+        raise ValueError(
+            f"algorithm={algorithm!r} has no kernel for platform={platform!r} on {chip}; there are: {known}"
+        )
+
+    def list_algorithms(self) -> list[str]:
+        return sorted({ALGORITHM, *(spec.algorithm for spec, _ in self._specs)})
+
+    def list_implementations(self, algorithm: str) -> list[KernelSpec]:
+        """The kernels of an algorithm, highest priority first."""
+        name = algorithm.lower()
+        specs = [spec for spec, _ in self._specs if spec.algorithm == name]
+        builtin = [_spec_of(slot) for slot in registry.builtin()] if name == ALGORITHM else []
+        return sorted((*builtin, *specs), key=lambda spec: -spec.priority)
+
+    def validate_signatures(self, algorithm: str | None = None, verbose: bool = False) -> bool:
+        """Whether an algorithm's kernels (all algorithms' without a name) agree in names, kinds and defaults.
+
+        Tuning parameters may differ. A difference is a warning that names the kernel and the parameter.
+        """
+        if algorithm is None:
+            return all([self.validate_signatures(name, verbose) for name in self.list_algorithms()])
+        specs = self.list_implementations(algorithm)
+        differences = [text for spec in specs[1:] for text in _differences(specs[0], spec)]
+        for text in differences:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if verbose:
+            print(f"{algorithm}: {len(specs)} kernels, {len(differences)} differences")
+        return not differences
+
+
+def _member(enum: Any, name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.lower() in list(enum):
+        return enum(value.lower())
+    raise ValueError(f"{name}={value!r}: one of {', '.join(enum)} is expected")
+
+
+def _spec_of(slot: Slot) -> KernelSpec:
+    chip = Backend.ANY if len(slot.chips) > 1 else Backend(next(iter(slot.chips)))
+    return KernelSpec(Platform(slot.platform), chip, ALGORITHM, _callable(slot.name), slot.priority)
+
+
+@functools.cache
+def _callable(name: str) -> Callable[..., Any]:
+    return functools.update_wrapper(functools.partial(_builtin, name), _builtin)
+
+
+def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
+    ours, theirs = (
+        {p.name: (p.kind, p.default) for p in inspect.signature(spec.implementation).parameters.values()}
+        for spec in (first, other)
+    )
+    where = f"{other.algorithm} on {other.platform}/{other.backend}"
+    names = [name for name in {**ours, **theirs} if name not in _TUNING]
+    return [
+        f"{where}: parameter {name!r} is {_shown(theirs.get(name))}, and {_shown(ours.get(name))} in "
+        f"{first.platform}/{first.backend}"
+        for name in names
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _shown(parameter: tuple[Any, Any] | None) -> str:
+    if parameter is None:
+        return "missing"
+    kind, default = parameter
+    return f"{kind.description}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
+
+
+# ------------------------------------------------------------------ a registered callable as a backend
+
+
+def _slot_of(spec: KernelSpec, facts: dict[str, Any]) -> Slot:
+    kernel = spec.implementation
+    name = f"{kernel.__module__}.{getattr(kernel, '__qualname__', type(kernel).__name__)}"
+    parameters = inspect.signature(kernel).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def takes(option: str) -> bool:
+        return takes_all or option in parameters
+
+    def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
+        offered = _keywords(inputs, signature, config)
+        result = kernel(**{option: value for option, value in offered.items() if takes(option)})
+        return result if signature.return_lse else (result, None)
+
+    def supports(signature: Signature, device: Device) -> str | None:
+        for option, used in _used(signature).items():
+            if used and not takes(option):
+                return f"it takes no {option}"
+        return facts["supports"](signature, device) if "supports" in facts else None
+
+    def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
+        plain = RaggedPageAttentionv2Config(platform=spec.platform)
+        return facts["heuristic"](signature, device) if "heuristic" in facts else plain
+
+    value = Implementation(
+        name,
+        run,
+        supports,
+        heuristic,
+        facts.get("candidates", lambda signature, device: ()),
+        facts.get("claim", lambda signature, device: {}),
+    )
+    chips = _ANY_CHIP if spec.backend is Backend.ANY else (str(spec.backend),)
+    return Slot(name, str(spec.platform), chips, kernel.__module__, spec.priority, value)
+
+
+def _keywords(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> dict[str, Any]:
+    """A validated call as keyword arguments again."""
+    fields = ("num_kv_pages_per_block", "num_queries_per_block", "num_warps", "num_stages")
+    options = (
+        "softmax_scale",
+        "logits_soft_cap",
+        "optimized",
+        "sliding_window",
+        "vmem_limit_bytes",
+        "return_lse",
+    )
+    return {
+        **inputs._asdict(),
+        **{name: getattr(signature, name) for name in options},
+        **{name: getattr(config, name) for name in fields},
+        "compute_dtype": jnp.dtype(signature.compute_dtype),
+        "mask_value": None,
+    }
+
+
+def _used(signature: Signature) -> dict[str, bool]:
+    """The options whose absence from a kernel's parameters would change the answer."""
+    return {
+        "softmax_aux": signature.sinks,
+        "k_scale": signature.k_scale,
+        "v_scale": signature.v_scale,
+        "return_lse": signature.return_lse,
+        "logits_soft_cap": signature.logits_soft_cap is not None,
+        "sliding_window": signature.sliding_window is not None,
+        "softmax_scale": signature.softmax_scale != float(signature.head_dim) ** -0.5,
+    }
+
+
+# ------------------------------------------------------------------ detection
+
+
+def detect_platform(algorithm: str = ALGORITHM, platform: str | None = "auto") -> Platform:
+    """The platform a call would take on this machine: the one asked for, or the first whose kernel can run here.
+
+    Raises:
+        ValueError: there is no such kernel for JAX's default device; the text lists what there is.
+    """
+    if platform not in (None, "auto"):
+        wanted = _member(Platform, "platform", platform)
+        kernel_registry.get(algorithm, wanted)
+        return wanted
+    device = current()
+    if algorithm.lower() != ALGORITHM:
+        chip = Backend(device.platform)
+        for spec in kernel_registry.list_implementations(algorithm):
+            if spec.backend in (Backend.ANY, chip):
+                return spec.platform
+        raise ValueError(f"algorithm={algorithm!r} has no kernel on {chip}")
+    return Platform(registry.able("auto", registry.TYPICAL, device)[0].platform)
+
+
+kernel_registry = KernelRegistry()

@@ -1,0 +1,45 @@
+"""The environment, read here and nowhere else, when a call asks and never at import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+POLICY_VARIABLES = ("RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY")
+POLICIES = ("autotune", "heuristics")
+
+
+def environment() -> tuple[str | None, str | None, str | None]:
+    """The raw values that selection depends on, cheap enough to compare on every call."""
+    get = os.environ.get
+    return get("RPA_AUTOTUNE_POLICY"), get("EJKERNEL_AUTOTUNE_POLICY"), get("RPA_CACHE_DIR")
+
+
+def autotune_policy() -> str | None:
+    """What a cache miss does, `"autotune"` or `"heuristics"`; None where the environment says nothing.
+
+    Raises:
+        ValueError: a variable holds anything else; the text names it.
+    """
+    for name in POLICY_VARIABLES:
+        value = os.environ.get(name)
+        if value is None:
+            continue
+        if value not in POLICIES:
+            raise ValueError(f"{name}={value!r}: one of {', '.join(POLICIES)} is expected")
+        return value
+    return None
+
+
+def cache_dir() -> Path:
+    """The folder of the persistent store: `RPA_CACHE_DIR`, else the platform's user cache folder."""
+    chosen = os.environ.get("RPA_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / "rpa"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "rpa" / "Cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "rpa"

@@ -1,0 +1,264 @@
+"""Finding the fastest right config: judge every candidate, drop duplicates, time in rounds, ask for a clear margin."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from rpa.program import Program
+
+VERIFIERS = "rpa.verifier"  # the entry point group in which a judge is found
+_EXHAUSTED = (
+    "RESOURCE_EXHAUSTED",
+    "out of resource",
+    "OutOfResources",
+    "shared memory",
+    "too many resources",
+)
+
+# A verifier says why a program's output for some arguments is wrong, or None.
+Verifier = Callable[[Any, tuple[Any, ...], Any], str | None]
+
+
+class TuningFailed(RuntimeError):
+    """No candidate could be used; the text holds every candidate's own error."""
+
+
+@dataclass
+class Trial:
+    """One candidate and what became of it."""
+
+    config: Any
+    status: str = "waiting"  # "timed", "duplicate", "wrong", "failed", "out of resources", "out of budget"
+    detail: str = ""
+    program: Any = None  # compiled
+    seconds: list[float] = field(default_factory=list)  # one sample a round
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else float("inf")
+
+    @property
+    def noise(self) -> float:
+        """Half the spread of the middle half of the samples, relative."""
+        if len(self.seconds) < 4:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of one tuning run."""
+
+    winner: Any
+    reason: str
+    trials: tuple[Trial, ...]
+
+    def counts(self) -> dict[str, int]:
+        found = [trial.status for trial in self.trials]
+        return {status: found.count(status) for status in dict.fromkeys(found)}
+
+
+class Tuner:
+    """Times candidates and keeps the first one unless another is right and clearly faster.
+
+    Args:
+        warmup: calls before timing; iters: timed calls a candidate, spread over rounds in which every candidate
+            has its turn, so that drift hits all alike.
+        verify: `verify(program, args, output)` says why an output is wrong, or None; by default the verifier that
+            an installed package offers under the entry point `rpa.verifier`. A candidate that it rejects is never
+            timed. Without any, a program that makes a claim is not tuned at all.
+        margin: the least relative gain that displaces the first candidate; the noise of the samples adds to it.
+        budget: seconds for compiling and timing; what does not fit is counted, not tried.
+        progress: wraps the iterable of trials, as `rich.progress.track` does.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        warmup: int = 5,
+        iters: int = 100,
+        *,
+        verify: Verifier | None = None,
+        margin: float = 0.02,
+        budget: float = 60.0,
+        progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if warmup < 0 or iters < 1:
+            raise ValueError(f"warmup={warmup}, iters={iters}: at least 0 and 1 are expected")
+        self.warmup, self.iters, self.margin, self.budget = warmup, iters, margin, budget
+        self.history: deque[Report] = deque(maxlen=64)
+        self._verify = verify
+        self._progress = progress or (lambda items, text: items)
+        self._clock = clock
+
+    @property
+    def verify(self) -> Verifier | None:
+        return self._verify or installed_verifier()
+
+    def measure(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Median seconds of one call of `fn`, compiled first; on a GPU the time its kernels take there."""
+        compiled = _jitted(fn).lower(*args, **kwargs).compile()
+        self._warm(compiled, args, kwargs)
+        rounds, calls = _split(self.iters)
+        return statistics.median(self._sample(compiled, args, kwargs, calls) for _ in range(rounds))
+
+    def autotune(
+        self,
+        make_fn: Callable[[Any], Callable[..., Any]],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        candidates: Iterable[Any],
+    ) -> Any:
+        """The best of `candidates`; the first is the one to beat. The whole report is appended to `history`.
+
+        Raises:
+            TuningFailed: no candidate compiles, runs and is right.
+        """
+        started = self._clock()
+        trials = [Trial(config) for config in candidates]
+        texts: dict[str, Trial] = {}
+        for trial in self._progress(trials, "judging"):
+            if texts and self._clock() - started > self.budget / 2:
+                trial.status, trial.detail = "out of budget", "no time was left to compile it"
+                continue
+            self._admit(trial, make_fn(trial.config), tuple(args), kwargs, texts)
+        alive = [trial for trial in trials if trial.status == "timed"]
+        if not alive:
+            raise TuningFailed(
+                "\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates"
+            )
+        rounds, calls = _split(self.iters)
+        for _ in self._progress(range(rounds), "timing"):
+            if alive[0].seconds and self._clock() - started > self.budget:
+                break
+            for trial in alive:
+                trial.seconds.append(self._sample(trial.program, tuple(args), kwargs, calls))
+            alive = list(_contenders(alive))
+        report = self._decide(trials)
+        self.history.append(report)
+        return report.winner
+
+    def _admit(
+        self, trial: Trial, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], texts: dict
+    ) -> None:
+        """Compile, compare with what is there already, run and judge one candidate."""
+        try:
+            lowered = _jitted(fn).lower(*args, **kwargs)
+            text = lowered.as_text().replace(getattr(fn, "label", "\0"), "")  # the label names the config
+            if text in texts:
+                trial.status, trial.detail = (
+                    "duplicate",
+                    f"lowers to the same program as {texts[text].config}",
+                )
+                return
+            trial.program = lowered.compile()
+            output = self._warm(trial.program, args, kwargs)
+            judged = isinstance(fn, Program) or self._verify is not None
+            wrong = self.verify(fn, args, output) if judged and self.verify is not None else None
+        except (
+            Exception
+        ) as error:  # one candidate's failure must not end the search; it is shown, not swallowed
+            text = f"{type(error).__name__}: {error}"
+            exhausted = any(sign.lower() in text.lower() for sign in _EXHAUSTED)
+            trial.status, trial.detail = ("out of resources" if exhausted else "failed"), text
+            return
+        texts[text] = trial
+        trial.status, trial.detail = ("timed", "") if wrong is None else ("wrong", wrong)
+
+    def _warm(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = compiled(*args, **kwargs)
+        for _ in range(self.warmup):
+            output = compiled(*args, **kwargs)
+        return jax.block_until_ready(output)
+
+    def _sample(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: int) -> float:
+        """Seconds of one call, the mean of `calls` calls in a row."""
+        if jax.tree.leaves((args, kwargs)) and _on_gpu(args, kwargs):
+            return _kernel_seconds(compiled, args, kwargs, calls)
+        started = self._clock()
+        outputs = [compiled(*args, **kwargs) for _ in range(calls)]
+        jax.block_until_ready(outputs)
+        return (self._clock() - started) / calls
+
+    def _decide(self, trials: list[Trial]) -> Report:
+        timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
+        first, best = timed[0], min(timed, key=lambda trial: trial.median)
+        needed = self.margin + 2 * (first.noise + best.noise)
+        gain = first.median / best.median - 1
+        winner = best if gain > needed else first
+        text = f"{winner.median * 1e6:.1f} us, best of {len(timed)} timed"
+        if winner is first and best is not first:
+            text += f"; the fastest gained {gain:.1%}, and {needed:.1%} are needed past the noise"
+        elif winner is not first:
+            text += f", {gain:.1%} faster than the heuristic"
+        return Report(winner.config, f"tuned: {text}", tuple(trials))
+
+
+def verdict(tuner: Any, winner: Any) -> str:
+    """Why `tuner` chose `winner`, as far as it says."""
+    history = getattr(tuner, "history", None)
+    return history[-1].reason if history and history[-1].winner == winner else "tuned just now"
+
+
+def why_not(tuner: Any) -> str | None:
+    """The reason a tuner may not tune by itself: a `Tuner` without a verifier could crown a wrong candidate."""
+    if isinstance(tuner, Tuner) and tuner.verify is None:
+        return (
+            f"no verifier is installed (entry point group {VERIFIERS!r}), and no candidate is timed unjudged"
+        )
+    return None
+
+
+@lru_cache(maxsize=1)
+def installed_verifier() -> Verifier | None:
+    """The judge that an installed package offers; this package imports none by itself."""
+    for point in metadata.entry_points(group=VERIFIERS):
+        return point.load()
+    return None
+
+
+def _jitted(fn: Any) -> Any:
+    if isinstance(fn, Program):
+        return fn.jitted
+    return fn if hasattr(fn, "lower") else jax.jit(fn)
+
+
+def _split(iters: int) -> tuple[int, int]:
+    """Rounds, and calls in each."""
+    rounds = min(10, iters)
+    return rounds, -(-iters // rounds)
+
+
+def _contenders(trials: list[Trial]) -> Iterator[Trial]:
+    """The first trial and those that may still win: a candidate at half the best's speed will not."""
+    fastest = min(trial.median for trial in trials)
+    for index, trial in enumerate(trials):
+        if index == 0 or trial.median < 2 * fastest:
+            yield trial
+
+
+def _on_gpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, jax.Array)]
+    return bool(arrays) and next(iter(arrays[0].devices())).platform in ("gpu", "cuda")
+
+
+def _kernel_seconds(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: int) -> float:
+    """Seconds a call's kernels run on the device, without the host's part: the median of `calls` calls."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    measured = profiler.Cupti(finalize=False).measure(compiled, iterations=calls)
+    times = measured(*args, **kwargs)[1]
+    if times is None:
+        raise RuntimeError("the GPU ran no kernel")
+    return statistics.median(times if isinstance(times, list) else [times]) / 1e3
