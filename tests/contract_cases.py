@@ -202,3 +202,11 @@ CASES: dict[str, Callable[[], Case]] = {
         (2, 1), (33000, 40), Shape(rows=4, seqs=2, page=128, pages_per_seq=260, pages=270, head_dim=8), sliding_window=50
     ),
 }  # fmt: skip
+
+# A program each, whose options the others cover between them: left to the long run.
+SLOW = frozenset({
+    "wide_table", "table_one_wide", "page_16", "one_page_in_the_pool", "mha", "group_16", "head_dim_1", "head_dim_80",
+    "head_dim_128", "window_1", "window_of_the_context", "window_sinks", "scale", "scale_zero", "f16", "bf16",
+    "bf16_computed_in_f32", "f32_queries_bf16_pages", "bf16_queries_f32_pages", "fp8_e5m2_per_head", "int8_f32",
+    "long_decode", "long_chunk", "long_prefill_window",
+})  # fmt: skip

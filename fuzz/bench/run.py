@@ -1,0 +1,189 @@
+"""One cell on one backend: judge, and only then time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fuzz.bench import arrays, clock
+from fuzz.bench.arrays import Batch
+from fuzz.bench.ceilings import Ceilings
+from fuzz.bench.cells import Cell
+from oracle import Claim, judge
+
+JUDGED_ROWS = 24
+# Above this many operations a byte a GPU cell is bound by arithmetic, and judged in bursts.
+_BURST_INTENSITY = 100
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of a record. `seconds` is None unless `status` is "pass"."""
+
+    cell: str
+    backend: str
+    status: str  # "pass", the verdict that denied it a number, "unsupported" or "error"
+    reason: str = ""
+    ratio: float | None = None  # worst error over its bound
+    seconds: float | None = None
+    spread: float | None = None
+    samples: int = 0
+    floor: float | None = None  # seconds no kernel can beat on this machine
+    bytes: int = 0
+    flops: int = 0
+    temp_bytes: int | None = None
+    compile_seconds: float | None = None
+    host_seconds: float | None = None  # of a warm call, without waiting
+    tags: dict[str, Any] = field(default_factory=dict)  # what growth curves and charts group by
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the machine's ceiling: 1 is the floor itself."""
+        return self.floor / self.seconds if self.seconds and self.floor else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that can be timed on a batch: one of our backends or a peer."""
+
+    name: str
+    # batch -> (jitted function, its arguments for each rotation, reason it cannot)
+    prepare: Callable[[Batch], tuple[Callable[..., Any], list[tuple]]]
+    claim: Callable[[Batch], Claim | None]
+    unsupported: Callable[[Batch], str | None]
+    output: Callable[[Any], np.ndarray] = np.asarray
+
+
+def run(cells: Iterable[Cell], contenders: list[Contender], ceilings: Ceilings, platform: str) -> Iterator[Result]:
+    """Every contender on every cell, interleaved by cell so that the machine's moods hit all alike."""
+    for cell in cells:
+        batch = arrays.make(cell, ceilings.cache_bytes)
+        for contender in contenders:
+            yield one(batch, contender, ceilings, platform)
+
+
+def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -> Result:
+    """Judge one contender on one batch and, if it passes, time it."""
+    cell = batch.cell
+    floor = ceilings.floor(cell.bytes, cell.flops, cell.layer.compute_dtype)
+    known = {"cell": cell.name, "backend": contender.name, "floor": floor, "bytes": cell.bytes, "flops": cell.flops,
+             "tags": _tags(cell)}  # fmt: skip
+    reason = contender.unsupported(batch)
+    if reason is not None:
+        return Result(**known, status="unsupported", reason=reason)
+    try:
+        function, arguments = contender.prepare(batch)
+        begin = time.perf_counter()
+        answer = contender.output(function(*arguments[0]))
+        first = time.perf_counter() - begin
+        status, reason, ratio = verdict(batch, answer, contender.claim(batch))
+        if status != "pass":
+            return Result(**known, status=status, reason=reason, ratio=ratio)
+        timing = _time(function, arguments, cell, platform)
+    except Exception as error:  # a crash is a finding about the contender, and must not end the others' run
+        return Result(**known, status="error", reason=f"{type(error).__name__}: {error}"[:500])
+    return Result(
+        **known, status="pass", ratio=ratio, seconds=timing.seconds, spread=timing.spread, samples=timing.samples,
+        temp_bytes=_temporaries(function, arguments[0]), compile_seconds=max(0.0, first - timing.seconds),
+        host_seconds=clock.dispatch(lambda: function(*arguments[0]), repeats=20),
+    )  # fmt: skip
+
+
+def _tags(cell: Cell) -> dict[str, Any]:
+    return {"kind": cell.kind, "model": f"{cell.model.name}.{cell.layer.name}", "family": cell.family,
+            "page size": cell.page_size, "batch": len(cell.queries), "context": max(cell.contexts),
+            "dtype": cell.layer.dtype, "compute_dtype": cell.layer.compute_dtype}  # fmt: skip
+
+
+def verdict(batch: Batch, answer: np.ndarray, claim: Claim | None) -> tuple[str, str, float]:
+    """The worst verdict over sampled rows, all heads: (status, text, ratio)."""
+    worst = ("vacuous", "no row was judged", 0.0)
+    rank = {"vacuous": 0, "pass": 1, "suspect": 2, "fail": 3}
+    for rows, case in arrays.samples(batch, JUDGED_ROWS):
+        found = judge(case, answer[rows], claim)
+        if (rank[found.status], found.ratio) >= (rank[worst[0]], worst[2]):
+            worst = (found.status, f"row {int(rows[0])}: {found.text}", found.ratio)
+    return worst
+
+
+def _time(function: Callable, arguments: list[tuple], cell: Cell, platform: str) -> clock.Timing:
+    if platform != "gpu":
+        return clock.wall(function, arguments)
+    rest = 0.1 if cell.flops / cell.bytes > _BURST_INTENSITY else 0.0
+    return clock.kernels(function, arguments, rest)
+
+
+def _temporaries(function: Any, args: tuple) -> int | None:
+    """Bytes the program needs besides arguments and result, where the compiler tells."""
+    if not hasattr(function, "lower"):
+        return None
+    analysis = function.lower(*args).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+# ------------------------------------------------------------------ our backends
+
+
+def backend(name: str) -> Contender:
+    """The backend in slot `name` ("xla", "triton", ...), through its own program, config by heuristic or table."""
+
+    def chosen(batch: Batch) -> tuple:
+        from rpa import api, device, registry
+
+        inputs, signature = api.prepare((*batch.arguments(), *_scales(batch)), _static(batch), False)
+        return inputs, signature, registry.load(name), device.current(inputs.queries)
+
+    def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
+        import jax
+
+        from rpa import api, select
+
+        _, signature, implementation, device = chosen(batch)
+        config = select.choose(signature, device, _platform(name), None).config
+        program = api.compiled(implementation, signature, config, device)
+        rotations = [
+            api.prepare((*batch.arguments(i), *_scales(batch)), _static(batch), False)[0]
+            for i in range(len(batch.tables))
+        ]
+        return program, [(jax.device_put(inputs),) for inputs in rotations]
+
+    def claim(batch: Batch) -> Claim:
+        _, signature, implementation, device = chosen(batch)
+        return Claim(**implementation.claim(signature, device))
+
+    def unsupported(batch: Batch) -> str | None:
+        from rpa import registry
+
+        _, signature, _, device = chosen(batch)
+        return registry.why_not(next(slot for slot in registry.SLOTS if slot.name == name), signature, device)
+
+    return Contender(name, prepare, claim, unsupported, lambda answer: np.asarray(answer[0]))
+
+
+def _platform(name: str) -> str:
+    from rpa import registry
+
+    return next(slot.platform for slot in registry.SLOTS if slot.name == name)
+
+
+def _scales(batch: Batch) -> tuple:
+    return batch.options.get("k_scale"), batch.options.get("v_scale")
+
+
+def _static(batch: Batch) -> tuple:
+    o = batch.options
+    return (o["softmax_scale"], o["logits_soft_cap"], o["compute_dtype"], False, o["sliding_window"], None, None, False)
+
+
+def backends_here(platform: str) -> list[Contender]:
+    """Every backend of ours whose chip this is."""
+    from rpa import registry
+
+    return [backend(slot.name) for slot in registry.exists() if platform in slot.chips]
