@@ -15,9 +15,7 @@ from oracle.case import Case, Sequence, visible
 
 MAX_KEY_ELEMENTS = 2**24  # float64 elements of gathered keys (or values) held at once
 MAX_LOGITS = 2**22  # float64 logits held at once
-SMALL = (
-    2**18
-)  # products p v up to which sequences share a block, and up to which `bound` forms each p |v - o|
+SMALL = 2**18  # products p v up to which sequences share a block, and up to which `bound` forms each p |v - o|
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

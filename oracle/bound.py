@@ -112,9 +112,7 @@ def default_claim(case: Case) -> Claim:
     dots = case.compute_dtype or max(stored, key=unit_roundoff)
     u_dot = unit_roundoff(dots)
     scaled = case.k_scale is not None or case.v_scale is not None
-    exact = not scaled and all(
-        name in (dots, *_EXACT_IN[dots]) for name in [*stored, case.kv_pages.dtype.name]
-    )
+    exact = not scaled and all(name in (dots, *_EXACT_IN[dots]) for name in [*stored, case.kv_pages.dtype.name])
     return Claim(
         u=2.0**-23,
         u_in=0.0 if exact else u_dot,
@@ -206,6 +204,11 @@ def rooted(k, u: float):
     return np.minimum(LAMBDA * np.sqrt(k) * u, gamma(k, u))
 
 
+def random_in(case: Case, claim: Claim) -> float:
+    """The part of `u_in` that SOFT may take as random: not that of quantised pages, where equal numbers abound."""
+    return 0.0 if case.quantised else claim.u_in
+
+
 def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
     """Step 1: dx, the error of a scaled logit."""
     case, D = block.case, block.case.head_dim
@@ -213,15 +216,18 @@ def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray,
     steps = D + 2 + (case.k_scale is not None)
     q, k = np.abs(block.queries), np.abs(block.keys)
     factor = (1 + gamma(steps, u)) * (1 + claim.u_q) * (1 + claim.u_in) ** 2 - 1
-    factor_soft = rooted(steps, u) + LAMBDA * (claim.u_q + 2 * claim.u_in)
+    factor_soft = rooted(steps, u) + LAMBDA * (claim.u_q + 2 * random_in(case, claim))
     base = 2 * u * np.abs(solved.x) + operand_underflow(block, q, k, claim)
     magnitude = block.score(q, k)
-    magnitude *= factor * s
-    magnitude += base
+    magnitude *= s
     q *= q
     norm = np.sqrt(block.score(q, k * k))
     norm *= factor_soft * s
     norm += base
+    if case.quantised:
+        norm += 2 * claim.u_in * magnitude
+    magnitude *= factor
+    magnitude += base
     return magnitude, np.minimum(norm, magnitude)
 
 
@@ -279,9 +285,7 @@ def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, n, claim: Cl
     eta = TINY + (claim.eta_p if claim.rounded_weights_in_sum else 0.0)
     lost = eta * n / positive(solved.L)
     o = np.abs(solved.output)
-    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * block.value_sum / positive(solved.L)[
-        ..., None
-    ]
+    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * block.value_sum / positive(solved.L)[..., None]
     return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor, lost
 
 
@@ -327,7 +331,8 @@ def private_error(block: Block, solved: Solved, private, n, B, claim: Claim) -> 
     hard = (operands + sums)[..., None] * magnitude + lost
     norm = np.sqrt(block.mix(private * private, block.values * block.values))
     sums_soft = np.minimum(rooted(steps, u) + 2 * u, sums)
-    soft = LAMBDA * (u_p + claim.u_in) * norm + sums_soft[..., None] * magnitude + lost
+    u_in = random_in(block.case, claim)
+    soft = LAMBDA * (u_p + u_in) * norm + (sums_soft + claim.u_in - u_in)[..., None] * magnitude + lost
     return hard, np.minimum(soft, hard)
 
 

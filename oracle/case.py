@@ -238,9 +238,7 @@ class Case:
         if not 0 <= context <= self.capacity:
             return f"context_lens[{index}] = {context} is outside [0, {self.capacity}]"
         if stop < start or start < before or stop > self.num_tokens:
-            return (
-                f"query_start_loc goes from {start} to {stop} after {before}, with {self.num_tokens} tokens"
-            )
+            return f"query_start_loc goes from {start} to {stop} after {before}, with {self.num_tokens} tokens"
         if stop == start:
             return None
         lo, hi = self._keys(context, stop - start)
@@ -375,9 +373,7 @@ def _check(case: Case) -> None:
     if case.num_q_heads % case.num_kv_heads:
         raise ValueError(f"{case.num_q_heads} query heads are no multiple of {case.num_kv_heads} kv heads")
     if case.kv_pages.shape[3] != case.head_dim or case.head_dim < 1 or case.page_size < 1:
-        raise ValueError(
-            f"kv_pages has shape {case.kv_pages.shape} for queries of shape {case.queries.shape}"
-        )
+        raise ValueError(f"kv_pages has shape {case.kv_pages.shape} for queries of shape {case.queries.shape}")
     if case.block_tables.shape[0] != sequences or case.query_start_loc.shape[0] != sequences + 1:
         raise ValueError(
             f"context_lens, block_tables and query_start_loc have {sequences}, {case.block_tables.shape[0]} and "

@@ -11,9 +11,7 @@ import numpy as np
 from oracle.attend import attend
 from oracle.case import Case, Sequence, dtype_of, visible
 
-LARGEST_SUM = (
-    128  # sums of values stay integers of 8 bits, which bfloat16 holds; divided by 2**k it still does
-)
+LARGEST_SUM = 128  # sums of values stay integers of 8 bits, which bfloat16 holds; divided by 2**k it still does
 NONZERO = 16  # values other than 0 a sequence, per head and dim: 16 * 8 = LARGEST_SUM
 LARGEST_VALUE = 8  # of the integers; 3 bits, which float8_e5m2 holds
 
@@ -44,9 +42,7 @@ def expected(case: Case) -> np.ndarray:
     output = attend(case)[0]
     answer = output.astype(case.queries.dtype)
     if not np.array_equal(answer.astype(np.float64), output):
-        raise ValueError(
-            "the case is not of the exact stratum: its answer is no number of the output's dtype"
-        )
+        raise ValueError("the case is not of the exact stratum: its answer is no number of the output's dtype")
     return answer
 
 
@@ -89,9 +85,7 @@ def _is_exact(like: Case, position: int) -> bool:
 
 def _tables(rng: np.random.Generator, like: Case, context_lens: np.ndarray) -> np.ndarray:
     """Pages in random order; when they run out, later sequences share those of earlier ones."""
-    pages = np.concatenate(
-        [rng.permutation(like.num_pages) for _ in range(like.max_seqs * like.pages_per_seq + 1)]
-    )
+    pages = np.concatenate([rng.permutation(like.num_pages) for _ in range(like.max_seqs * like.pages_per_seq + 1)])
     tables, used = np.full((like.max_seqs, like.pages_per_seq), -1), 0
     for s, context in enumerate(context_lens):
         count = -(-int(context) // like.page_size)
@@ -127,7 +121,4 @@ def _pages(rng: np.random.Generator, case: Case) -> np.ndarray:
 def live_slots(case: Case, sequence: Sequence) -> np.ndarray:
     """The slots a sequence's rows see, as indices into the flattened `[P * page]`."""
     positions = np.arange(*sequence.keys)
-    return (
-        sequence.pages[positions // case.page_size].astype(np.int64) * case.page_size
-        + positions % case.page_size
-    )
+    return sequence.pages[positions // case.page_size].astype(np.int64) * case.page_size + positions % case.page_size

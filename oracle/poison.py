@@ -87,6 +87,4 @@ def guard_pages(case: Case) -> Case:
     pages = _poison((2 * case.num_pages + 1, *case.kv_pages.shape[1:]), case.kv_pages.dtype, np.nan)
     pages[1::2] = case.kv_pages
     legal = (case.block_tables >= 0) & (case.block_tables < case.num_pages)
-    return case.replace(
-        kv_pages=pages, block_tables=np.where(legal, 2 * case.block_tables + 1, case.block_tables)
-    )
+    return case.replace(kv_pages=pages, block_tables=np.where(legal, 2 * case.block_tables + 1, case.block_tables))

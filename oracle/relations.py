@@ -62,12 +62,12 @@ def check(
             same |= np.abs(got - want) <= limit
     broken = ~same & expectation.judged
     if broken.any():
-        place = tuple(int(i) for i in np.argwhere(broken)[0])
+        place = tuple(np.argwhere(broken)[0].tolist())
         return f"{int(broken.sum())} elements differ, first at {place}: got {got[place]:.9g}, must be {want[place]:.9g}"
     if expectation.moved is not None:
         still = (got == want).all(axis=-1) & expectation.moved
         if still.any():
-            return f"row and head {tuple(int(i) for i in np.argwhere(still)[0])} did not move"
+            return f"row and head {tuple(np.argwhere(still)[0].tolist())} did not move"
     return None
 
 
@@ -91,10 +91,11 @@ def page_copy(case: Case, seed: int) -> Expectation | None:
     unused = np.setdiff1d(np.arange(case.num_pages), case.block_tables[live])
     if not live.any() or not unused.size:
         return None
-    entry = np.random.default_rng(seed).choice(np.argwhere(live))
+    entries = np.argwhere(live)
+    entry = tuple(entries[np.random.default_rng(seed).integers(len(entries))])
     pages, tables = np.array(case.kv_pages), np.array(case.block_tables)
-    pages[unused[0]] = pages[tables[tuple(entry)]]
-    tables[tuple(entry)] = unused[0]
+    pages[unused[0]] = pages[tables[entry]]
+    tables[entry] = unused[0]
     return _same(case, case.replace(kv_pages=pages, block_tables=tables))
 
 
@@ -289,9 +290,7 @@ def _rearranged(case: Case, sequences: list[Sequence]) -> Expectation:
     changed = case.replace(
         queries=queries,
         context_lens=np.concatenate([case.context_lens[index], np.zeros(dead, np.int32)]),
-        block_tables=np.concatenate(
-            [case.block_tables[index], np.full((dead, case.pages_per_seq), -1, np.int32)]
-        ),
+        block_tables=np.concatenate([case.block_tables[index], np.full((dead, case.pages_per_seq), -1, np.int32)]),
         query_start_loc=np.concatenate([[0], np.cumsum(lengths), np.zeros(dead, np.int64)]),
         num_seqs=len(index),
     )
@@ -312,9 +311,7 @@ def _split(case: Case, sequence: Sequence, cuts: list[int]) -> Expectation:
     changed = case.replace(
         context_lens=np.concatenate([case.context_lens[:at], contexts, case.context_lens[at + 1 :]]),
         block_tables=np.insert(case.block_tables, [at] * len(cuts), case.block_tables[at], axis=0),
-        query_start_loc=np.insert(
-            case.query_start_loc, [at + 1] * len(cuts), [sequence.start + cut for cut in cuts]
-        ),
+        query_start_loc=np.insert(case.query_start_loc, [at + 1] * len(cuts), [sequence.start + cut for cut in cuts]),
         num_seqs=case.num_seqs + len(cuts),
     )
     return Expectation(changed, lambda output: output, EVERYTHING, within="both bounds")

@@ -52,9 +52,7 @@ def _row(case: Case, s: int, row: int, position: int, head: int, numbers: Any):
         if case.logits_soft_cap is not None:
             logit = case.logits_soft_cap * numbers.tanh(logit / case.logits_soft_cap)
         logits.append(logit)
-        values.append(
-            [numbers.number(float(x)) * _scale(case.v_scale, kv_head) for x in slot[2 * kv_head + 1]]
-        )
+        values.append([numbers.number(float(x)) * _scale(case.v_scale, kv_head) for x in slot[2 * kv_head + 1]])
     if case.softmax_aux is not None:
         logits.append(numbers.number(float(case.softmax_aux[head])))
         values.append([numbers.number(0)] * case.head_dim)
@@ -63,9 +61,7 @@ def _row(case: Case, s: int, row: int, position: int, head: int, numbers: Any):
         return [numbers.number(0)] * case.head_dim, -math.inf
     weights = [numbers.exp(logit - top) for logit in logits]
     total = sum(weights)
-    mixed = [
-        sum(w * v[d] for w, v in zip(weights, values, strict=True)) / total for d in range(case.head_dim)
-    ]
+    mixed = [sum(w * v[d] for w, v in zip(weights, values, strict=True)) / total for d in range(case.head_dim)]
     return mixed, top + numbers.log(total)
 
 

@@ -162,9 +162,7 @@ def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
     if sequence is not None:
         row = token - sequence.start
         position = int(sequence.positions[row])
-        words = (
-            f" (sequence {sequence.index}, its row {row} at position {position} of {sequence.context_len})"
-        )
+        words = f" (sequence {sequence.index}, its row {row} at position {position} of {sequence.context_len})"
         return words, {"sequence": sequence.index, "row": row, "position": position}
     for start, stop, reason in case.invalid_rows():
         if start <= token < stop:
@@ -183,9 +181,7 @@ def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: 
     block = next(b for b in blocks(whole) if b.kv_heads.start <= head // case.group < b.kv_heads.stop)
     place = (head // case.group - block.kv_heads.start, 0, head % case.group)
     solved, v = solve(block), block.values[place[0]]
-    lo, hi = visible(
-        int(sequence.positions[token - sequence.start]), sequence.context_len, case.sliding_window
-    )
+    lo, hi = visible(int(sequence.positions[token - sequence.start]), sequence.context_len, case.sliding_window)
     index = np.arange(len(v))
     seen = (index >= lo) & (index < hi)
     p = np.where(seen, -1.0, 1.0) * solved.p[place]  # what flipping each key adds to the sums
@@ -206,9 +202,7 @@ def _whole_context(case: Case, sequence: Sequence, token: int) -> Case | None:
     kv_pages = case.kv_pages[pages]
     return case.replace(
         queries=case.queries[token : token + 1],
-        kv_pages=np.where(
-            np.isfinite(kv_pages), kv_pages, np.zeros((), kv_pages.dtype)
-        ),  # poison in dead slots
+        kv_pages=np.where(np.isfinite(kv_pages), kv_pages, np.zeros((), kv_pages.dtype)),  # poison in dead slots
         context_lens=case.context_lens[sequence.index : sequence.index + 1],
         block_tables=np.arange(len(pages))[None],
         query_start_loc=np.array([0, 1], np.int32),

@@ -17,15 +17,15 @@ DTYPES = {
 DATA = ("normal", "spike", "ladder", "equal_keys", "offset_values", "peaky", "zero_query")
 
 
-def draw_case(seed: int, dtype: str, *, longest: int = 200, data: str | None = None, **options) -> Case:
+def draw_case(seed: int, dtype: str, *, longest: int = 200, rows: int = 40, data: str | None = None, **options) -> Case:
     """A case whose queries have the dtype; `options` override what is drawn."""
     rng = np.random.default_rng(seed)
     pick = lambda *values: values[rng.integers(len(values))]  # noqa: E731
     Hkv, group, D, page = pick(1, 2, 3), pick(1, 2, 4), pick(1, 3, 16, 64, 128), pick(1, 4, 16)
     S = int(rng.integers(1, 5))
-    lengths = np.array([pick(0, 1, 1, 2, int(rng.integers(1, 40))) for _ in range(S)])
+    lengths = np.array([pick(0, 1, 1, 2, int(rng.integers(1, rows))) for _ in range(S)])
     contexts = np.array(
-        [pick(int(n), int(n + rng.integers(0, longest)), max(0, int(n) - 1)) for n in lengths]
+        [int(pick(n, n + rng.integers(0, longest), n + rng.integers(0, longest), max(0, n - 1))) for n in lengths]
     )
     pages_per_seq = int(max(1, -(-contexts.max() // page) + rng.integers(0, 3)))
     used = -(-contexts // page)
@@ -35,9 +35,7 @@ def draw_case(seed: int, dtype: str, *, longest: int = 200, data: str | None = N
         tables[s, : used[s]] = order[first : first + used[s]]
         first += used[s]
     dead = int(rng.integers(0, 2))  # metadata rows past num_seqs
-    kv_dtype = str(
-        options.pop("kv_dtype", pick(dtype, dtype, "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8"))
-    )
+    kv_dtype = str(options.pop("kv_dtype", pick(dtype, dtype, "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")))
     queries, pages = _data(
         rng, data or str(pick(*DATA)), (int(lengths.sum()) + 1, Hkv * group, D), (P, page, 2 * Hkv, D)
     )
@@ -81,9 +79,7 @@ def draw_style(seed: int, case: Case) -> Style:
     )
 
 
-def _data(
-    rng: np.random.Generator, kind: str, q_shape: tuple, kv_shape: tuple
-) -> tuple[np.ndarray, np.ndarray]:
+def _data(rng: np.random.Generator, kind: str, q_shape: tuple, kv_shape: tuple) -> tuple[np.ndarray, np.ndarray]:
     """Queries and pages of one of the kinds of `DATA`, in float64."""
     amplitude = float(rng.choice([0.1, 0.5, 1.0, 2.0]))
     q, kv = rng.normal(size=q_shape), rng.normal(size=kv_shape)

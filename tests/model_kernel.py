@@ -81,9 +81,7 @@ def _head(case: Case, style: Style, sequence: Sequence, kv_head: int, queries: n
     mask = np.repeat(_mask(case, sequence), G, axis=0)  # [R * G, context]
     sinks = None
     if case.softmax_aux is not None:
-        sinks = np.tile(case.softmax_aux[kv_head * G : (kv_head + 1) * G], R) * (
-            LOG2E if style.base2 else F(1)
-        )
+        sinks = np.tile(case.softmax_aux[kv_head * G : (kv_head + 1) * G], R) * (LOG2E if style.base2 else F(1))
     first = sequence.keys[0] // style.block
     starts = np.arange(first, -(-sequence.context_len // style.block)) * style.block
     starts = starts[::-1] if style.reverse else starts
