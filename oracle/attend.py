@@ -119,8 +119,7 @@ def solve(block: Block) -> Solved:
     m = np.maximum(m, block.sinks)
     lse_shift = m
     m = np.where(np.isneginf(m), 0.0, m)
-    p = np.exp(z - m[..., None])
-    p *= mask
+    p = np.exp(np.where(mask, z - m[..., None], -np.inf))
     sink = np.exp(block.sinks - m)
     L = p.sum(axis=-1) + sink
     with np.errstate(divide="ignore"):
