@@ -84,7 +84,7 @@ def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, out
     ends = jnp.cumsum(jnp.where(served, -(-length // tile.rows), 0))  # [S], items up to and with a sequence
 
     def body(index, carry):
-        sequence = jnp.searchsorted(ends, index, side="right").astype(jnp.int32)
+        sequence = jnp.sum(ends <= index, dtype=jnp.int32)
         before = jnp.where(sequence > 0, ends[jnp.maximum(sequence - 1, 0)], 0)
         offset = (index - before) * tile.rows
         item = Item(
@@ -142,12 +142,21 @@ def _load_block(tile: Tile, item: Item, page, readable, inputs: Inputs, signatur
     """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
     column = jnp.minimum(page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
     ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, max(signature.num_pages - 1, 0))
-    heads, dim = signature.num_kv_heads, signature.head_dim
-    # Indexed by page id: a flattened element offset would not fit 32 bits in a large pool.
-    stored = jnp.take(inputs.kv_pages, ids, axis=0, mode="clip").reshape(-1, heads, 2, dim)
-    keys, values = stored[:, :, 0].transpose(1, 0, 2), stored[:, :, 1].transpose(1, 0, 2)
+    keys = _gather(inputs.kv_pages, ids, 0, signature)
+    values = _gather(inputs.kv_pages, ids, signature.head_dim, signature)
     values = jnp.where(readable[None, :, None], _operand(values, signature), 0)
     return _operand(keys, signature), values
+
+
+def _gather(kv_pages, ids, offset: int, signature: Signature):
+    """[Hkv, pages * page, D] of the keys (offset 0) or values (offset D), in one pass over the pages."""
+    heads, dim, page = signature.num_kv_heads, signature.head_dim, signature.page_size
+    pairs = kv_pages.reshape(-1, page, heads, 2 * dim)  # a kv head's key and value side by side
+    at = jnp.stack([ids, jnp.full_like(ids, offset)], axis=-1)
+    numbers = lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3))
+    # Indexed by page id: a flattened element offset would not fit 32 bits in a large pool.
+    found = lax.gather(pairs, at, numbers, (1, page, heads, dim), mode="promise_in_bounds")
+    return found.transpose(2, 0, 1, 3).reshape(heads, -1, dim)
 
 
 def _operand(x, signature: Signature):
@@ -155,9 +164,9 @@ def _operand(x, signature: Signature):
     return x.astype(signature.compute_dtype)
 
 
-def _dot(a, b, contract: tuple[int, int], signature: Signature):
-    """Batched over axis 0, accumulated in f32."""
-    exact = signature.compute_dtype != "bfloat16"  # f32 must not be cut to tf32 or bf16 passes
+def dot(a, b, contract: tuple[int, int], compute_dtype: str):
+    """Batched over axis 0, accumulated in f32; `contract` names an axis of each operand."""
+    exact = compute_dtype != "bfloat16"  # f32 must not be cut to tf32 or bf16 passes
     return lax.dot_general(
         a,
         b,
@@ -172,7 +181,11 @@ def _logits(queries, keys, inputs: Inputs, signature: Signature):
     scale = jnp.float32(signature.softmax_scale)
     if inputs.k_scale is not None:
         scale = (scale * inputs.k_scale)[:, None, None]
-    x = _dot(queries, keys, (2, 2), signature) * scale
+    # Keys first where there are few rows: the operand that the dot packs is then the small one.
+    if queries.shape[1] <= 32:
+        x = dot(keys, queries, (2, 2), signature.compute_dtype).transpose(0, 2, 1) * scale
+    else:
+        x = dot(queries, keys, (2, 2), signature.compute_dtype) * scale
     cap = signature.logits_soft_cap
     return x if cap is None else cap * jnp.tanh(x / cap)
 
@@ -186,7 +199,7 @@ def _fold(state: Softmax, z, seen, values, signature: Signature) -> Softmax:
     keep = jnp.exp(state.m - base)
     heads, rows, group, block = z.shape
     weights = _operand(p.reshape(heads, rows * group, block), signature)
-    update = _dot(weights, values, (2, 1), signature).reshape(state.acc.shape)
+    update = dot(weights, values, (2, 1), signature.compute_dtype).reshape(state.acc.shape)
     return Softmax(m=m, l=state.l * keep + jnp.sum(p, axis=-1), acc=state.acc * keep[..., None] + update)
 
 
