@@ -124,7 +124,8 @@ class _Pages:
 
     def __init__(self, plan: Plan, chance: np.random.Generator):
         self.kind = plan.tables
-        inner = np.arange(1, plan.shape.pages - 1, dtype=np.int32)  # the first and last page stay guards
+        inner = np.arange(plan.shape.pages, dtype=np.int32)
+        inner = inner[1:-1] if len(inner) > 2 else inner  # the first and last page stay guards
         if plan.tables in ("shuffled", "shared"):
             chance.shuffle(inner)
         self.order = inner[::-1] if plan.tables == "reversed" else inner
@@ -219,7 +220,9 @@ def _ladder(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, s
         keys[_slots(plan, layout, s, position)] += step[:, None, None] * direction
 
 
-def _spikes(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> None:  # fmt: skip
+def _spikes(
+    plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float
+) -> None:
     """+-8 on the values, and a raised logit, at every key where a kernel's arithmetic may be off by one."""
     for s, low, high in layout.spans:
         edges = boundaries(plan.shape, plan.lengths[s], low, high)
@@ -255,8 +258,8 @@ def _scales(plan: Plan, keys: np.ndarray, values: np.ndarray) -> tuple[Any, Any]
     heads = 1 + 0.37 * np.arange(shape.kv_heads, dtype=np.float32)
     if plan.data == "exact":
         return np.full(shape.kv_heads, 0.5, np.float32), np.full(shape.kv_heads, 0.25, np.float32)
-    reach = [max(float(np.abs(x).max()), 1e-3) for x in (keys, values)]
-    return tuple((r / top * heads).astype(np.float32) for r in reach)
+    k_reach, v_reach = (max(float(np.abs(x).max()), 1e-3) for x in (keys, values))
+    return (k_reach / top * heads).astype(np.float32), (v_reach / top * heads).astype(np.float32)
 
 
 def _store(numbers: np.ndarray, scale: Any, dtype: np.dtype) -> np.ndarray:

@@ -29,7 +29,7 @@ TYPES = {
 PAGES = (1, 3, 4, 8, 16, 32)
 KV_HEADS = (1, 2, 3)
 GROUPS = (1, 2, 3, 4, 8)
-HEAD_DIMS = (4, 8, 20, 64, 128)
+HEAD_DIMS = (3, 8, 20, 64, 72, 128)
 WINDOWS = ("none", "one", "few", "page", "wide", "over")
 CAPS = (None, 5.0, 30.0)
 TIERS = ("small", "medium", "wide", "deep", "long")
@@ -270,8 +270,8 @@ _OPENING = _opening(
     "bf16        3 3 2  20 none -  none  small  default",
     "f32         8 1 4   8 wide -  none  deep   default",
     "f32        16 2 2   8 page 30 sinks medium unit",
-    "f16         4 3 1  64 one  -  sinks small  default",
-    "f32         1 2 2   4 none 5  none  wide   default",
+    "f16         4 3 1  72 one  -  sinks small  default",
+    "f32         1 2 2   3 none 5  none  wide   default",
     "bf16_as_f32 16 1 2  8 few  -  none  long   default",
     "int8        8 2 2  64 none 30 sinks medium default",
 )

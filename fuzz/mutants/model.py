@@ -8,7 +8,7 @@ a real kernel. Steps in order: `load`, `score`, `mask`, `fold`, `combine`, `stor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,7 +317,7 @@ def _partition(call: Call, blocks: list[int]) -> list[list[int]]:
 def _split(call: Call, s: int, q: np.ndarray, blocks: list[int], low: np.ndarray, high: np.ndarray,
            position: np.ndarray, context: int, index: int) -> State:  # fmt: skip
     state = _start(call, q, index)
-    for step, block in enumerate(blocks):
+    for step, block in enumerate(reversed(blocks) if call.has("block_order_reversed") else blocks):
         keys = np.arange(block * call.launch.block_k, (block + 1) * call.launch.block_k)  # logical positions
         k, v = _load_block(call, s, keys, int(low.min()), context, step)
         x = _score(call, q, k)
@@ -379,17 +379,23 @@ def _load_block(
     if not (call.has("k_additive_mask") or call.has("klen_missing")):
         k = np.where(inside, k, 0)
     if not (call.has("v_not_sanitised") or call.has("klen_missing")):
-        v = np.where(inside, v, 0)
+        v = np.where(inside | _dereferenced(call, s, keys), v, 0)
     return _through_buffer(call, call.round(k), call.round(v), step)
+
+
+def _dereferenced(call: Call, s: int, keys: np.ndarray) -> np.ndarray:
+    """The keys past the context that bug `minus_one` reads through a padding entry of the table."""
+    column = np.minimum(keys // call.page, call.tables.shape[1] - 1)
+    return ((call.tables[s, column] < 0) & call.has("minus_one"))[None, :, None]
 
 
 def _address(call: Call, s: int, keys: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
     """Physical page and slot of logical keys; those past the context are read from page 0."""
     column, slot = keys // call.page, keys % call.page
     width = call.tables.shape[1]
-    if call.has("slice_clamp"):  # a slice of the table that would pass its end starts earlier
-        per_block = max(1, call.launch.block_k // call.page)
-        column = column - max(0, column.min() + per_block - width) if per_block <= width else column
+    if call.has("slice_clamp") and width >= 4:  # four entries at a time; the last slice starts earlier to fit
+        chunk = column // 4 * 4
+        column = np.minimum(chunk, width - 4) + column - chunk
     if call.has("col_off"):
         column = column + 1
     row = min(s + 1, call.num_seqs - 1) if call.has("row_next") else s
@@ -409,11 +415,8 @@ def _address(call: Call, s: int, keys: np.ndarray, context: int) -> tuple[np.nda
         slot = np.minimum(slot, call.page - 1)
     if call.has("int32_offset"):  # the wrap of a 32-bit element offset, at a size that fits a test
         page = page % max(1, (1 << 10) // call.page)
-    inside = keys < context
-    if call.has("minus_one"):
-        inside = np.ones_like(inside)
-    if not call.has("klen_missing"):
-        page = np.where(inside, page, 0)
+    if not (call.has("klen_missing") or call.has("minus_one")):
+        page = np.where(keys < context, page, 0)
     return np.clip(page, -1 if call.has("minus_one") else 0, len(call.keys) - 1), slot
 
 
@@ -488,12 +491,12 @@ def _mask(call: Call, keys: np.ndarray, low: np.ndarray, high: np.ndarray, posit
 
 def _fold(call: Call, state: State, x: np.ndarray, v: np.ndarray, seen: np.ndarray, first: bool) -> None:
     """Fold one block into the running softmax."""
-    x = (
-        x + np.where(seen, F32(0), F32(-1e30))
-        if call.has("k_additive_mask")
-        else np.where(seen, x, F32(-np.inf))
-    )
-    new_m = np.maximum(state.m, x.max(axis=-1, keepdims=True))
+    scores = x
+    x = np.where(seen, scores, F32(-np.inf))
+    if call.has("k_additive_mask"):
+        x = scores + np.where(seen, F32(0), F32(-1e30))
+    tallest = scores if call.has("mask_after_max") else x
+    new_m = np.maximum(state.m, tallest.max(axis=-1, keepdims=True))
     if call.has("no_max"):
         new_m = np.zeros_like(new_m)
     # A row that has seen nothing keeps its maximum at -inf; subtract 0 there, not -inf.
@@ -516,7 +519,7 @@ def _weights(call: Call, p: np.ndarray) -> np.ndarray:
         return _as(p, ml_dtypes.bfloat16)
     if call.has("p_fp8"):
         return _as(p, ml_dtypes.float8_e4m3fn)
-    return call.round(p)
+    return p if call.has("exact_p") else call.round(p)
 
 
 # ---------------------------------------------------------------- combine and store
@@ -568,20 +571,57 @@ def _mean_where_blind(
     return output
 
 
-def launched(launch: Launch) -> Callable[..., np.ndarray]:
-    """The model kernel with one launch, as a function of the contract's arguments."""
+def launched(launch: Launch) -> Any:
+    """The model kernel with one launch, as a function of the contract's arguments.
+
+    Its attribute `expects` says what was asked for, `ran` what the last call really used.
+    """
+    answers: dict[Any, np.ndarray] = {}
+    bugs = launch.bugs
 
     def model(*arrays: Any, **options: Any) -> np.ndarray:
-        return attention(launch, *arrays, **options)
+        used = _used(launch, model.calls, arrays)
+        model.calls += 1
+        model.ran = _describe(used, "fallback" if "silent_fallback" in bugs else "model")
+        output = attention(used, *arrays, **options)
+        if "cached_by_shape" in bugs:
+            return answers.setdefault(tuple(np.shape(a) for a in arrays), output)
+        return output
 
+    model.calls = 0  # type: ignore[attr-defined]
+    model.expects = model.ran = _describe(launch, "model")  # type: ignore[attr-defined]
     return model
 
 
-def kernel(queries: Any, kv_pages: Any, context_lens: Any, block_tables: Any, query_start_loc: Any, num_seqs: Any,
-           softmax_aux: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
+def _describe(launch: Launch, name: str) -> str:
+    return f"{name} with {launch.block_q} x {launch.block_k} tiles"
+
+
+def _used(launch: Launch, calls: int, arrays: tuple[Any, ...]) -> Launch:
+    """The launch that a call really gets."""
+    if "config_dead" in launch.bugs:
+        return dataclasses.replace(launch, block_q=launch.block_q + 1)
+    if "nondeterministic" in launch.bugs:
+        return dataclasses.replace(launch, block_k=launch.block_k - calls % 3)
+    if "batch_dependent" in launch.bugs:
+        live = int(np.asarray(arrays[5]).reshape(-1)[0])
+        return dataclasses.replace(launch, splits=1 + live)
+    return launch
+
+
+def kernel(
+    queries: Any,
+    kv_pages: Any,
+    context_lens: Any,
+    block_tables: Any,
+    query_start_loc: Any,
+    num_seqs: Any,
+    softmax_aux: Any = None,
+    **options: Any,
+) -> np.ndarray:
     """The right model kernel at its default tile sizes: the target `model`."""
-    return attention(Launch(), queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
-                     **options)  # fmt: skip
+    arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux)
+    return attention(Launch(), *arrays, **options)
 
 
 kernel.batch_invariant = True  # type: ignore[attr-defined]

@@ -1,0 +1,199 @@
+"""The judgement of one plan: the computed bound first, then whatever needs no bound at all."""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fuzz.build import build, refill
+from fuzz.plan import Plan
+from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend
+from oracle import Case
+from oracle.bound import Analysis, analyse
+from oracle.verdict import Verdict, compare
+
+REPEATS = 20
+# Data whose roundings are independent enough for the probabilistic bound.
+RANDOM_DATA = ("normal", "peaky")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of one plan.
+
+    `status` is pass, fail, suspect, vacuous or skipped; `kind` names the judge that spoke, and for a failure the
+    sort of failure, which the shrinker keeps.
+    """
+
+    status: str
+    kind: str
+    text: str
+    ratio: float = 0.0
+    verdict: Verdict | None = None
+
+    @property
+    def bad(self) -> bool:
+        return self.status in ("fail", "suspect")
+
+
+def judge_plan(plan: Plan, target: Target) -> Judgement:
+    """Build the plan's case, run the target, and judge the answer by every judge the plan asks for."""
+    return judge_case(build(plan), target, plan)
+
+
+def judge_case(case: Case, target: Target, plan: Plan | None = None) -> Judgement:
+    """Judge a case; without a plan by the bound and by repetition only."""
+    gap = target.supports(case)
+    if gap is not None:
+        return Judgement("skipped", "unsupported", gap)
+    try:
+        return _judge(case, target, plan)
+    except Unsupported as gap:
+        return Judgement("skipped", "unsupported", str(gap))
+    except WrongBackend as error:
+        return Judgement("fail", "backend", str(error), ratio=np.inf)
+    except InputChanged as error:
+        return Judgement("fail", "input", str(error), ratio=np.inf)
+
+
+def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
+    try:
+        output, lse = target.run(case)
+    except (Unsupported, WrongBackend, InputChanged):
+        raise
+    except Exception as error:  # whatever a foreign kernel raises on a legal call is its failure
+        return Judgement("fail", "error", _origin(error), ratio=np.inf)
+    analysis = analyse(case, target.claim(case))
+    verdict = compare(case, analysis, output, lse, structured=plan is None or plan.data not in RANDOM_DATA)
+    if verdict.status in ("fail", "suspect"):
+        kind = (
+            "nan"
+            if verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got)
+            else "bound"
+        )
+        return Judgement(verdict.status, kind, verdict.text, verdict.ratio, verdict)
+    found = _beyond_bound(case, target, plan, output, analysis)
+    if found is not None:
+        return Judgement("fail", *found, ratio=np.inf, verdict=verdict)
+    return Judgement(verdict.status, "bound", verdict.text, verdict.ratio, verdict)
+
+
+def _beyond_bound(
+    case: Case, target: Target, plan: Plan | None, output: np.ndarray, analysis: Analysis
+) -> tuple[str, str] | None:
+    """(kind, text) of the first judge without a tolerance that objects."""
+    if plan is None:
+        return _repeat(case, target, output, 2)
+    if plan.data == "exact":
+        found = _exact(case, output, analysis)
+        if found is not None:
+            return found
+    if plan.check == "second_fill":
+        return _second_fill(plan, case, target, output)
+    if plan.check == "repeat":
+        return _repeat(case, target, output, REPEATS)
+    if plan.check == "relation":
+        from fuzz.related import check
+
+        return check(plan, case, target, output)
+    return None
+
+
+def _origin(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {str(error)[:500]}"
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two outputs hold the same numbers; +0 and -0 are one number, and so are all NaN."""
+    return a.shape == b.shape and bool(
+        np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
+    )
+
+
+def first_difference(a: np.ndarray, b: np.ndarray) -> str:
+    """Where two outputs first differ, in words."""
+    one, two = a.astype(np.float64), b.astype(np.float64)
+    place = np.argwhere(~((one == two) | (np.isnan(one) & np.isnan(two))))
+    row, head, dim = at = tuple(int(i) for i in place[0])
+    return f"{len(place)} elements, the first at row {row}, head {head}, dim {dim}: {one[at]:.9g} and {two[at]:.9g}"
+
+
+def _exact(case: Case, output: np.ndarray, analysis: Analysis) -> tuple[str, str] | None:
+    """Rows that see a power of two of equal keys: every right kernel returns these very bits."""
+    rows = exact_rows(case)
+    # float32 first: a sink too small to weigh anything is still there in float64.
+    expected = analysis.output.astype(np.float32).astype(output.dtype)
+    if same_bits(output[rows], expected[rows]):
+        return None
+    return "exact", "an answer without rounding differs: got and expected in " + first_difference(
+        output[rows], expected[rows]
+    )
+
+
+def exact_rows(case: Case) -> np.ndarray:
+    """The rows whose number of visible keys is a power of two, or none."""
+    rows: list[int] = []
+    for sequence in case.sequences():
+        seen = np.clip(sequence.positions + 1, 0, case.sliding_window)
+        rows += [sequence.start + int(i) for i in np.flatnonzero((seen & (seen - 1)) == 0)]
+    return np.array(rows, np.int64)
+
+
+def _second_fill(plan: Plan, case: Case, target: Target, output: np.ndarray) -> tuple[str, str] | None:
+    again, _ = target.run(refill(plan, case, "huge"))
+    if same_bits(output, again):
+        return None
+    return "poison", "what lies in slots that no row may see changes the answer: " + first_difference(
+        output, again
+    )
+
+
+def _repeat(case: Case, target: Target, output: np.ndarray, times: int) -> tuple[str, str] | None:
+    if not target.deterministic:
+        return None
+    for count in range(1, times):
+        again, _ = target.run(case)
+        if not same_bits(output, again):
+            return "determinism", f"call {count + 1} of the same case differs: " + first_difference(
+                output, again
+            )
+    return None
+
+
+# ---------------------------------------------------------------- what must be rejected
+
+# (argument, value): illegal by the contract whatever the arrays hold.
+ILLEGAL: tuple[tuple[str, Any], ...] = (
+    ("sliding_window", 0),
+    ("sliding_window", -3),
+    ("logits_soft_cap", 0.0),
+    ("logits_soft_cap", -5.0),
+    ("logits_soft_cap", float("nan")),
+    ("softmax_scale", float("inf")),
+    ("softmax_scale", float("nan")),
+)
+
+
+def judge_rejections(case: Case, target: Target) -> list[Judgement]:
+    """Call the target with each illegal value; one failure for each that it takes. Empty if it promises nothing."""
+    if not target.validates:
+        return []
+    found = []
+    for name, value in ILLEGAL:
+        options = {**case.options, name: value}
+        try:
+            target.call(*(None if a is None else np.array(a) for a in case.arrays), **options)
+        except (ValueError, TypeError) as error:
+            if name not in str(error):
+                text = f"{name}={value} is rejected by an error that does not name {name}: {error}"
+                found.append(Judgement("fail", "accepts", text, ratio=np.inf))
+            continue
+        found.append(
+            Judgement("fail", "accepts", f"{name}={value} is illegal, and was accepted", ratio=np.inf)
+        )
+    return found

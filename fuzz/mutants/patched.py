@@ -1,0 +1,117 @@
+"""Mutants as source patches of the real kernels: applied to a copy of the tree, run in a fresh process.
+
+A patch lies in `fuzz/mutants/patches/<kernel>_<id>.patch`: first line `# what it does`, then a unified diff with paths
+from the top of the checkout (`a/rpa/backends/xla.py`), as `git diff` writes it. `<kernel>` is a backend's name (`xla`,
+`triton`, `pallas_tpu`, `pallas_gpu`) or `api` for what lies before the kernels (judged on `xla`). A fresh process,
+because a switched source under an old jit cache would not run at all; the patched copy is imported in place of the
+package by its position on `sys.path`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "patches"
+ROOT = Path(__file__).parents[2]
+KERNELS = ("xla", "triton", "pallas_tpu", "pallas_gpu", "api")
+_COPIED = ("rpa", "oracle", "fuzz")
+
+
+class PatchError(ValueError):
+    """A patch that is malformed, or that no longer applies; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch file: the kernel it breaks, its id, and what it does in a line."""
+
+    id: str  # the file's stem
+    kernel: str
+    line: str
+    path: Path
+
+    @property
+    def target(self) -> str:
+        """The target that judges it."""
+        return "xla" if self.kernel == "api" else self.kernel
+
+
+@lru_cache(maxsize=1)
+def found() -> dict[str, Patch]:
+    """Every patch in the folder, by id.
+
+    Raises:
+        PatchError: a file whose name or first line is not of the format.
+    """
+    return {path.stem: read(path) for path in sorted(FOLDER.glob("*.patch"))}
+
+
+def read(path: Path) -> Patch:
+    """The patch in a file."""
+    kernel = next((k for k in KERNELS if path.stem.startswith(f"{k}_")), None)
+    if kernel is None:
+        raise PatchError(
+            f"{path.name}: the name must be <kernel>_<id>.patch, kernel one of {', '.join(KERNELS)}"
+        )
+    first = path.read_text().splitlines()[:1]
+    if not first or not first[0].startswith("# "):
+        raise PatchError(f"{path.name}: the first line must be '# what it does'")
+    return Patch(path.stem, kernel, first[0].removeprefix("# "), path)
+
+
+@contextmanager
+def applied(patch: Patch) -> Iterator[Path]:
+    """A folder that holds a copy of the packages with the patch applied; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="rpa-mutant-") as name:
+        root = Path(name)
+        for package in _COPIED:
+            shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, hunks in parse(patch.path).items():
+            source = root / name
+            if not source.is_file():
+                raise PatchError(f"{patch.path.name}: there is no file {name}")
+            source.write_text(_patched(source.read_text(), hunks, patch.path.name))
+        yield root
+
+
+def parse(path: Path) -> dict[str, list[tuple[str, str]]]:
+    """The hunks of a unified diff by file: the old lines and the new ones, each as one text."""
+    files: dict[str, list[tuple[list[str], list[str]]]] = {}
+    hunks: list[tuple[list[str], list[str]]] = []
+    for line in path.read_text().splitlines():
+        if line.startswith("+++ "):
+            hunks = files.setdefault(line[4:].split("\t")[0].removeprefix("b/"), [])
+        elif line.startswith("@@"):
+            hunks.append(([], []))
+        elif hunks and line[:1] in (" ", "-", "+", "") and not line.startswith("--- "):
+            for lines, signs in zip(hunks[-1], (" -", " +"), strict=True):
+                if (line[:1] or " ") in signs:
+                    lines.append(line[1:])
+    if not files:
+        raise PatchError(f"{path.name}: no unified diff in it")
+    return {name: [("\n".join(old), "\n".join(new)) for old, new in hunks] for name, hunks in files.items()}
+
+
+def _patched(source: str, hunks: list[tuple[str, str]], name: str) -> str:
+    """Every hunk in its one place. By its text, not its line number: code above it may have moved."""
+    for old, new in hunks:
+        if source.count(old) != 1:
+            raise PatchError(f"{name} does not apply: {source.count(old)} places match\n{old}")
+        source = source.replace(old, new)
+    return source
+
+
+def run_python(root: Path, code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a fresh process that imports the packages from `root`."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False)  # fmt: skip

@@ -1,0 +1,228 @@
+"""The mutation score: how many cases each mutant survives, under our judge and under the usual ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from fuzz.build import build
+from fuzz.judge import judge_plan, judge_rejections
+from fuzz.mutants import patched
+from fuzz.mutants.catalogue import EQUIVALENT, MUTANTS, Mutant, model_target, right_target
+from fuzz.mutants.model import Launch
+from fuzz.plan import SMALLEST, Plan, first_shapes
+from fuzz.strategies import plans
+from fuzz.targets import Target, load
+from oracle.bound import default_claim
+
+CASES = 300
+SECONDS = 60.0
+SHAPES = 24
+PATCH_SHAPES = 8  # each costs a compiled kernel a compilation
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of one mutant. `cases` is how many were judged, the killing one included."""
+
+    id: str
+    group: str
+    line: str
+    killed: bool
+    cases: int
+    seconds: float
+    kind: str = ""
+    text: str = ""
+    equivalent: str | None = None
+
+
+@lru_cache(maxsize=8)
+def drawn(seed: int, count: int, shapes: int = SHAPES) -> tuple[Plan, ...]:
+    """The first plans that Hypothesis draws for a seed: the same cases for every mutant."""
+    found: list[Plan] = []
+
+    @seeded(seed)
+    @settings(max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])  # fmt: skip
+    @given(plans(first_shapes(seed, shapes)))
+    def collect(plan: Plan) -> None:
+        found.append(plan)
+
+    collect()
+    return tuple(found)
+
+
+def kill(mutant: Mutant, seed: int = 0, cases: int = CASES, seconds: float = SECONDS) -> Kill:
+    """Judge cases until one kills the mutant, or cases or time run out."""
+    return _kill(model_target(mutant), drawn(seed, cases), seconds, mutant)
+
+
+def _kill(target: Target, cases: tuple[Plan, ...], seconds: float, mutant: Mutant) -> Kill:
+    began = time.monotonic()
+
+    def result(killed: bool, count: int, kind: str = "", text: str = "") -> Kill:
+        spent = time.monotonic() - began
+        return Kill(mutant.id, mutant.group, mutant.line, killed, count, spent, kind, text, mutant.equivalent)
+
+    accepted = judge_rejections(build(SMALLEST), target)
+    if accepted:
+        return result(True, 1, accepted[0].kind, accepted[0].text)
+    for count, plan in enumerate(cases, 1):
+        judgement = judge_plan(plan, target)
+        if judgement.bad:
+            return result(True, count, judgement.kind, judgement.text)
+        if time.monotonic() - began > seconds:
+            return result(False, count, text="out of time")
+    return result(False, len(cases))
+
+
+def kill_all(seed: int = 0, cases: int = CASES, equivalent: bool = False) -> Iterator[Kill]:
+    """Every mutant of the model kernel in turn."""
+    yield from (kill(mutant, seed, cases) for mutant in (EQUIVALENT if equivalent else MUTANTS))
+
+
+# ---------------------------------------------------------------- source patches
+
+
+_CODE = "import sys; from fuzz.mutants import score; score.main(*sys.argv[1:])"
+
+
+def kill_patch(patch: patched.Patch, seed: int = 0, cases: int = 60, seconds: float = 240.0) -> Kill:
+    """Judge the patched kernel in a fresh process; a process that dies is a kill too."""
+    began = time.monotonic()
+    mutant = Mutant(patch.id, f"patch of {patch.kernel}", patch.line)
+    with patched.applied(patch) as root:
+        try:
+            done = patched.run_python(
+                root, _CODE, patch.target, str(seed), str(cases), str(seconds), timeout=2 * seconds
+            )
+        except subprocess.TimeoutExpired:
+            return Kill(mutant.id, mutant.group, mutant.line, True, 0, time.monotonic() - began, "timeout")
+    if done.returncode:
+        text = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Kill(mutant.id, mutant.group, mutant.line, True, 0, time.monotonic() - began, "crash", text)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Kill(**{**found, "id": mutant.id, "group": mutant.group, "line": mutant.line})
+
+
+def main(name: str, seed: str, cases: str, seconds: str) -> None:
+    """In the fresh process: judge the (patched) target and print the `Kill` as JSON."""
+    target = load(name)
+    reason = target.supports(build(SMALLEST))
+    if reason is not None:
+        raise SystemExit(f"{name} cannot run here: {reason}")
+    found = _kill(target, drawn(int(seed), int(cases), PATCH_SHAPES), float(seconds), Mutant(name, "", ""))
+    print(json.dumps(asdict(found)))
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- false alarms
+
+
+# Tile sizes of right kernels: one key at a time, odd, larger than any context, split, sharded.
+BLOCKINGS = tuple(
+    Launch(block_q, block_k, splits, shards)
+    for block_q, block_k, splits, shards in (
+        (4, 8, 1, 1), (1, 1, 1, 1), (3, 5, 1, 1), (8, 16, 2, 1), (16, 128, 1, 2), (2, 7, 5, 1), (64, 33, 1, 1), (5, 4, 3, 2),
+    )
+)  # fmt: skip
+
+
+def false_alarms(seed: int = 0, cases: int = 2000) -> list[tuple[Plan, str]]:
+    """Every accusation of the right model kernel over `cases` cases and varied blocking."""
+    targets = [right_target(launch) for launch in BLOCKINGS]
+    found = []
+    for count, plan in enumerate(drawn(seed, cases)):
+        judgement = judge_plan(plan, targets[count % len(targets)])
+        if judgement.bad:
+            found.append((plan, judgement.text))
+    return found
+
+
+# ---------------------------------------------------------------- the usual judges
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A judge as found in the field: a tolerance, and the data it is used with."""
+
+    name: str
+    accuses: Callable[
+        [np.ndarray, np.ndarray, np.ndarray, str], bool
+    ]  # (got, expected, low precision, dtype)
+    layouts: str  # "ours" | "published"
+
+
+def _close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    return bool(np.all(np.abs(got - expected) <= tolerance * (1 + np.abs(expected))))
+
+
+# These tolerances are the field's, and are what is measured here; nothing of ours is judged by them.
+_ALLCLOSE = {"float32": 1e-3, "float16": 1e-3, "bfloat16": 1e-2}
+_PUBLISHED = {"float32": 0.15, "float16": 0.15, "bfloat16": 0.2}
+USUAL = (
+    Usual("allclose 1e-2 / 1e-3", lambda got, want, low, t: not _close(got, want, _ALLCLOSE[t]), "ours"),
+    Usual("0.15 / 0.2", lambda got, want, low, t: not _close(got, want, _PUBLISHED[t]), "published"),
+    Usual("twice the low-precision error", lambda got, want, low, t: not _twice(got, want, low), "ours"),
+)
+
+
+def _twice(got: np.ndarray, expected: np.ndarray, low: np.ndarray) -> bool:
+    rounding = np.max(np.abs((expected + 0.3 - 0.3) - expected), initial=0.0)
+    return bool(
+        np.max(np.abs(got - expected), initial=0)
+        <= 2 * np.max(np.abs(low - expected), initial=0) + 2 * rounding
+    )
+
+
+def usual_plans(layouts: str, seed: int = 0) -> tuple[Plan, ...]:
+    """24 cases of plain data for the usual judges: no spikes, no poison that matters to them, logits of one sigma."""
+    shapes = [s for s in first_shapes(seed, 16) if s.capacity < 2000]
+    if layouts == "published":
+        shapes = [s for s in shapes if s.kv_heads <= 2 and s.types in ("f32", "bf16")]
+    return tuple(
+        plan.replace(data="normal", amplitude=1.0, check="plain", holes="alias")
+        for plan in drawn(seed + 1, 400)
+        if plan.shape in shapes and plan.data != "exact" and any(q for q, _ in plan.lengths)
+    )[:24]
+
+
+def usual_score(judge: Usual, seed: int = 0) -> dict[str, bool]:
+    """Which mutants a usual judge kills."""
+    from oracle import attend
+
+    prepared = []
+    for plan in usual_plans(judge.layouts, seed):
+        case = build(plan)
+        case = case.replace(kv_pages=np.nan_to_num(case.kv_pages.astype(np.float32)).astype(case.kv_pages.dtype),
+                            queries=np.nan_to_num(case.queries.astype(np.float32)).astype(case.queries.dtype))  # fmt: skip
+        expected = attend(case)[0]
+        low = right_target(Launch(8, 16)).run(case)[0].astype(np.float64)
+        prepared.append((case, expected, low))
+    return {mutant.id: _accused(judge, model_target(mutant), prepared) for mutant in MUTANTS}
+
+
+def _accused(judge: Usual, target: Target, prepared: list) -> bool:
+    for case, expected, low in prepared:
+        try:
+            got = target.call(*(None if a is None else np.array(a) for a in case.arrays), **case.options)
+        except Exception:  # any of them would fail its test on an exception
+            return True
+        got = np.asarray(got).astype(np.float64)
+        if not np.isfinite(got).all() or judge.accuses(got, expected, low, case.queries.dtype.name):
+            return True
+    return False
+
+
+def claim_is_default(plan: Plan) -> bool:
+    """Whether the model kernel is judged by the default claim, as a foreign kernel would be."""
+    case = build(plan)
+    return load("model").claim(case) == default_claim(case)
