@@ -173,11 +173,9 @@ def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
 def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: int) -> str | None:
     """The single key of the row's own sequence whose loss or addition puts the whole row back within its bound."""
     sequence = _owner(case, token)
-    if sequence is None or not np.isfinite(got[token, head]).all():
+    if sequence is None or sequence.context_len == 0 or not np.isfinite(got[token, head]).all():
         return None
     whole = _whole_context(case, sequence, token)
-    if whole is None:
-        return None
     block = next(b for b in blocks(whole) if b.kv_heads.start <= head // case.group < b.kv_heads.stop)
     place = (head // case.group - block.kv_heads.start, 0, head % case.group)
     solved, v = solve(block), block.values[place[0]]
@@ -194,17 +192,17 @@ def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: 
     return None if ratio[key] > 1 else f"as if key {key} were {'missing' if seen[key] else 'seen too'}"
 
 
-def _whole_context(case: Case, sequence: Sequence, token: int) -> Case | None:
-    """The one row alone, with every key of its context in sight; None when a dead page stands in the way."""
+def _whole_context(case: Case, sequence: Sequence, token: int) -> Case:
+    """The one row alone, with every key of its context in sight; zeros where dead slots hold poison or no page."""
     pages = sequence.pages[: -(-sequence.context_len // case.page_size)]
-    if sequence.context_len == 0 or pages.min() < 0 or pages.max() >= case.num_pages:
-        return None
-    kv_pages = case.kv_pages[pages]
+    legal = (pages >= 0) & (pages < case.num_pages)
+    kv_pages = case.kv_pages[np.where(legal, pages, 0)]
+    known = np.isfinite(kv_pages) & legal[:, None, None, None]
     return case.replace(
         queries=case.queries[token : token + 1],
-        kv_pages=np.where(np.isfinite(kv_pages), kv_pages, np.zeros((), kv_pages.dtype)),  # poison in dead slots
+        kv_pages=np.where(known, kv_pages, np.zeros((), kv_pages.dtype)),
         context_lens=case.context_lens[sequence.index : sequence.index + 1],
-        block_tables=np.arange(len(pages))[None],
+        block_tables=np.arange(max(1, len(pages)))[None],
         query_start_loc=np.array([0, 1], np.int32),
         num_seqs=1,
         sliding_window=None,
