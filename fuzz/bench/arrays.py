@@ -72,13 +72,17 @@ def make(cell: Cell, cache_bytes: int, seed: int = 0) -> Batch:
 
 
 def _pages(key, shape: tuple[int, ...], dtype: str):
+    """A pool of random values; past 32 MiB they repeat, in memory of their own."""
     import jax
     import jax.numpy as jnp
 
+    drawn = min(shape[0], max(1, (16 << 20) // int(np.prod(shape[1:]))))
+    some = (drawn, *shape[1:])
     if dtype == "int8":
-        return jax.random.randint(key, shape, -127, 128, jnp.int8)
-    # bfloat16 draws: half the memory of float32 while the pool is made.
-    return jax.random.normal(key, shape, jnp.float32 if dtype == "float32" else jnp.bfloat16).astype(dtype)
+        values = jax.random.randint(key, some, -127, 128, jnp.int8)
+    else:
+        values = jax.random.normal(key, some, jnp.float32).astype(dtype)
+    return jnp.concatenate([values] * -(-shape[0] // drawn))[: shape[0]] if drawn < shape[0] else values
 
 
 def _tables(pages: list[int], rotations: int, total: int, seed: int) -> tuple[np.ndarray, ...]:

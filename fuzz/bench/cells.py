@@ -79,7 +79,9 @@ def prefill(model: str, layer: str, batch: int, rows: int, on: int = 0, page: in
     return _cell(kind, model, layer, label, (rows,) * batch, (rows + on,) * batch, page)
 
 
-def mixed(model: str, layer: str, decodes: int, median: int, longest: int, chunks, page: int = 16, seed: int = 0) -> Cell:
+def mixed(
+    model: str, layer: str, decodes: int, median: int, longest: int, chunks, page: int = 16, seed: int = 0
+) -> Cell:
     """Decodes of log-normal lengths beside prefill chunks `(rows, context)`: what a serving step looks like."""
     drawn = np.exp(np.random.default_rng(seed).normal(np.log(median), 1.0, decodes))
     lengths = [int(n) for n in np.clip(drawn, 16, longest)]
@@ -112,13 +114,21 @@ def gpu_cells() -> list[Cell]:
     """The cells in which GPU kernels are compared, at pages of 16 and 64."""
     cells = []
     for page in (16, 64):
-        for batch, contexts in ((1, (K, 8 * K, 32 * K, 128 * K)), (8, (K, 8 * K, 32 * K)), (64, (K, 8 * K)), (256, (K,))):
+        for batch, contexts in (
+            (1, (K, 8 * K, 32 * K, 128 * K)),
+            (8, (K, 8 * K, 32 * K)),
+            (64, (K, 8 * K)),
+            (256, (K,)),
+        ):
             cells += [decode("llama3-8b", "full", batch, n, page) for n in contexts]
         cells += [decode("llama3-70b-tp8", "full", b, 8 * K, page) for b in (1, 8, 64)]
         cells += [decode("gpt-oss", "local", b, 8 * K, page) for b in (8, 64, 256)]
         cells += [decode("gpt-oss", "global", b, 8 * K, page) for b in (8, 64)]
         cells += [decode("gemma2", "local", b, 8 * K, page) for b in (8, 64)]
-        cells += [prefill("llama3-8b", "full", *shape, page=page) for shape in ((1, 8 * K), (4, 4 * K), (16, 2 * K), (4, 512, 16 * K))]
+        cells += [
+            prefill("llama3-8b", "full", *shape, page=page)
+            for shape in ((1, 8 * K), (4, 4 * K), (16, 2 * K), (4, 512, 16 * K))
+        ]
         cells += [prefill("llama3-70b-tp8", "full", 1, 8 * K, page=page)]
         cells += [prefill(model, layer, 1, 8 * K, page=page)
                   for model, layer in (("gpt-oss", "local"), ("gpt-oss", "global"), ("gemma2", "local"))]  # fmt: skip

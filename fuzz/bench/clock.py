@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 
@@ -26,8 +27,6 @@ class Timing:
 
 def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float = 0.6, at_least: int = 8) -> Timing:
     """Wall time of `function` until its result is ready, going round `arguments`, for about `budget` seconds."""
-    import jax
-
     for args in arguments[:2]:
         jax.block_until_ready(function(*args))
     samples: list[float] = []
@@ -40,28 +39,44 @@ def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float
     return Timing.of(samples)
 
 
-def kernels(function: Callable[..., Any], arguments: Sequence[tuple], rest: float = 0.0, rounds: int = 9) -> Timing:
-    """Sum of the kernel times of one call of a jitted `function` on the GPU (CUPTI), going round `arguments`.
+def kernels(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple],
+    rest: float = 0.0,
+    rounds: int = 9,
+    ready: Callable[[Any], Any] = jax.block_until_ready,
+) -> Timing:
+    """Sum of the kernel times of one call of `function` on the GPU (CUPTI), going round `arguments`.
 
     Args:
+        ready: waits for a call's result.
         rest: seconds of idling before each sample: a compute-bound kernel is judged in a burst, before the power
             cap pulls the clock down.
     """
-    from jax.experimental.mosaic.gpu import profiler
-
-    measured = profiler.Cupti(finalize=False).measure(function)
     samples = []
+    ready(function(*arguments[0]))
     for i in range(max(rounds, len(arguments))):
         time.sleep(rest)
-        _, milliseconds = measured(*arguments[i % len(arguments)])
-        samples.append(milliseconds / 1e3)
+        samples.append(_traced(function, arguments[i % len(arguments)], ready))
     return Timing.of(samples)
+
+
+def _traced(function: Callable[..., Any], args: tuple, ready: Callable[[Any], Any]) -> float:
+    """Seconds of all kernels that one call launches, whoever launches them; CUPTI knows JAX's and PyTorch's alike."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    # The module that carries CUPTI has no public name; `profiler.measure` uses it, but for jitted functions only.
+    extension: Any = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    extension._cupti_init()
+    try:
+        ready(function(*args))
+    finally:
+        timings = extension._cupti_get_timings(False)
+    return sum(milliseconds for _, milliseconds in timings or ()) / 1e3
 
 
 def dispatch(call: Callable[[], Any], repeats: int = 300) -> float:
     """Host seconds of a warm call, without waiting for its result."""
-    import jax
-
     jax.block_until_ready(call())
     samples = []
     for _ in range(repeats):

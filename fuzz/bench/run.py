@@ -41,6 +41,12 @@ class Result:
     tags: dict[str, Any] = field(default_factory=dict)  # what growth curves and charts group by
 
     @property
+    def time(self) -> float:
+        """`seconds` of a result that has a number."""
+        assert self.seconds is not None, f"{self.cell} on {self.backend} has no number: {self.status}"
+        return self.seconds
+
+    @property
     def fraction(self) -> float | None:
         """Of the machine's ceiling: 1 is the floor itself."""
         return self.floor / self.seconds if self.seconds and self.floor else None

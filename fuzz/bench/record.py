@@ -1,0 +1,142 @@
+"""A record: one run's results with date, versions and device, as JSON; and the comparison of two."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fuzz.bench.ceilings import Ceilings
+from fuzz.bench.run import Result
+
+SCHEMA = 1
+THRESHOLD = 0.05  # slower by less than this is no regression, whatever the noise
+
+
+class RecordError(ValueError):
+    """A file that is not a record; the message names it and says what was expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Results of one run on one device."""
+
+    date: str
+    versions: dict[str, str]
+    ceilings: Ceilings
+    results: tuple[Result, ...]
+
+    @property
+    def passed(self) -> list[Result]:
+        """The results that have a number."""
+        return [result for result in self.results if result.seconds is not None]
+
+    def to_json(self) -> str:
+        data = {"schema": SCHEMA, "date": self.date, "versions": self.versions, "ceilings": self.ceilings.to_dict(),
+                "results": [result.to_dict() for result in self.results]}  # fmt: skip
+        return json.dumps(data, indent=1) + "\n"
+
+
+def of(results: list[Result], ceilings: Ceilings) -> Record:
+    """A record of today's run."""
+    return Record(datetime.date.today().isoformat(), versions(), ceilings, tuple(results))
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in ("rpa", "jax", "jaxlib", "triton", "jax-triton", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def load(path: Path) -> Record:
+    """Read what `Record.to_json` wrote.
+
+    Raises:
+        RecordError: the file is missing, is no JSON, or is no record of this schema.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RecordError(f"{path}: not a benchmark record: {error}") from None
+    return _record(path, data)
+
+
+def _record(path: Path, data: Any) -> Record:
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise RecordError(f"{path}: not a benchmark record of schema {SCHEMA}, as `rpa bench --json` writes it")
+    try:
+        return Record(data["date"], data["versions"], Ceilings(**data["ceilings"]),
+                      tuple(Result(**result) for result in data["results"]))  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"{path}: a benchmark record, but damaged: {error}") from None
+
+
+# ------------------------------------------------------------------ comparison
+
+
+@dataclass(frozen=True)
+class Change:
+    """One cell of one backend in two records."""
+
+    cell: str
+    backend: str
+    before: float
+    after: float
+    noise: float  # what the two runs' own spreads explain
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+    @property
+    def regressed(self) -> bool:
+        """Slower by more than the threshold and by more than the noise."""
+        return self.ratio > 1 + THRESHOLD and self.ratio > 1 + self.noise
+
+    @property
+    def improved(self) -> bool:
+        return self.ratio < 1 / (1 + THRESHOLD) and self.ratio < 1 / (1 + self.noise)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two records, cell by cell; a cell that lost its number counts as a regression."""
+
+    changes: tuple[Change, ...]
+    lost: tuple[Result, ...]  # had a number before, has none now
+
+    @property
+    def regressions(self) -> list[Change]:
+        return [change for change in self.changes if change.regressed]
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.regressions or self.lost)
+
+
+def compare(before: Record, after: Record) -> Comparison:
+    """What changed between two runs on the same device.
+
+    Raises:
+        RecordError: the devices differ, or no cell is in both.
+    """
+    if before.ceilings.device != after.ceilings.device:
+        raise RecordError(f"records of two devices: {before.ceilings.device} and {after.ceilings.device}")
+    old = {(r.cell, r.backend): r for r in before.passed}
+    both = [(old[r.cell, r.backend], r) for r in after.results if (r.cell, r.backend) in old]
+    if not both:
+        raise RecordError("no cell has a number in both records")
+    changes = [Change(b.cell, b.backend, b.seconds, a.seconds, (b.spread or 0) + (a.spread or 0))
+               for b, a in both if b.seconds is not None and a.seconds is not None]  # fmt: skip
+    return Comparison(tuple(changes), tuple(a for _, a in both if a.seconds is None))

@@ -1,0 +1,135 @@
+"""One run of `rpa bench`: ceilings, cells, table, record, comparison, page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fuzz.bench import ceilings, cells, page, peers, record, run
+from fuzz.bench.record import Comparison, Record, RecordError
+from fuzz.files import write_atomically
+
+PASS, FAIL, USAGE, NOTHING = 0, 1, 2, 3
+
+
+def main(json: Path | None, html: Path | None, against: Path | None, platform: str | None, only: str,
+         with_peers: bool, history: list[Path]) -> int:  # fmt: skip
+    """The exit code of `rpa bench`; every path is read before the first measurement."""
+    console = Console()
+    try:
+        earlier = record.load(against) if against else None
+        past = [record.load(path) for path in history]
+        contenders = _contenders(platform, with_peers)
+    except (RecordError, ValueError) as error:
+        console.print(f"[red]rpa bench:[/] {error}", highlight=False)
+        return USAGE
+    import jax
+
+    chip = jax.devices()[0].platform.replace("cuda", "gpu")
+    chosen = [cell for cell in cells.cells_for(chip) if only in cell.name]
+    if not chosen:
+        console.print(f"[red]rpa bench:[/] --only {only!r}: no cell's name contains it", highlight=False)
+        return USAGE
+    made = _measure(console, chosen, contenders, chip)
+    console.print(_table(made))
+    return _finish(console, made, earlier, past, json, html)
+
+
+def _contenders(platform: str | None, with_peers: bool) -> list[run.Contender]:
+    import jax
+
+    from rpa import registry
+
+    chip = jax.devices()[0].platform.replace("cuda", "gpu")
+    ours = run.backends_here(chip)
+    if platform is not None:
+        names = {slot.name for slot in registry.SLOTS if platform in (slot.name, slot.platform)}
+        chosen = [contender for contender in ours if contender.name in names]
+        if not chosen:
+            able = ", ".join(contender.name for contender in ours) or "none"
+            raise ValueError(f"--platform {platform!r}: no such backend runs on this {chip}; here there are: {able}")
+        ours = chosen
+    return ours + (peers.here(chip) if with_peers else [])
+
+
+def _measure(console: Console, chosen: list[cells.Cell], contenders: list[run.Contender], chip: str) -> Record:
+    """Every contender on every cell, under a progress bar; Ctrl-C keeps what was done."""
+    results: list[run.Result] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring the ceilings", total=len(chosen) * len(contenders))
+        limits = ceilings.measure()
+        try:
+            for cell in chosen:
+                progress.update(task, description=cell.name)
+                for result in run.run([cell], contenders, limits, chip):
+                    results.append(result)
+                    progress.advance(task)
+        except KeyboardInterrupt:
+            console.print("[yellow]interrupted: what was measured so far follows[/]")
+    return record.of(results, limits)
+
+
+def _finish(console: Console, made: Record, earlier: Record | None, past: list[Record], json: Path | None,
+            html: Path | None) -> int:  # fmt: skip
+    if json:
+        write_atomically(json, lambda draft: draft.write_text(made.to_json()))
+        console.print(f"record: {json}")
+    comparison = None
+    if earlier is not None:
+        try:
+            comparison = record.compare(earlier, made)
+        except RecordError as error:
+            console.print(f"[red]rpa bench:[/] --compare: {error}", highlight=False)
+            return USAGE
+        console.print(_changes(comparison, earlier.date))
+    if html:
+        text = page.render(made, comparison, past + ([earlier] if earlier else []))
+        write_atomically(html, lambda draft: draft.write_text(text))
+        console.print(f"page: {html}")
+    if not made.passed:
+        console.print("[red]nothing was timed[/]: no case passed its verdict")
+        return NOTHING if not any(r.status == "fail" for r in made.results) else FAIL
+    wrong = [r for r in made.results if r.status in ("fail", "suspect", "error") and not r.backend.startswith("peer:")]
+    return FAIL if wrong or (comparison is not None and comparison.failed) else PASS
+
+
+def _table(made: Record) -> Table:
+    limits = made.ceilings
+    title = f"{limits.device}: read {limits.read / 1e9:.1f} GB/s, bf16 {limits.burst['bfloat16'] / 1e12:.3g} TFLOP/s"
+    table = Table("cell", "backend", "time", "of ceiling", "GB/s", "GFLOP/s", "error / bound", "temporaries", "host",
+                  title=title)  # fmt: skip
+    for r in made.results:
+        if r.seconds is None:
+            table.add_row(r.cell, r.backend, f"[red]{r.status}[/]: {r.reason.splitlines()[0][:60] if r.reason else ''}")
+            continue
+        table.add_row(
+            r.cell, r.backend, f"{duration(r.seconds)} ±{100 * (r.spread or 0):.0f} %",
+            f"{100 * (r.fraction or 0):.0f} %",
+            f"{r.bytes / r.seconds / 1e9:.1f}", f"{r.flops / r.seconds / 1e9:.0f}", f"{r.ratio:.2f}",
+            "" if r.temp_bytes is None else f"{r.temp_bytes / 2**20:.1f} MiB", duration(r.host_seconds or 0),
+        )  # fmt: skip
+    return table
+
+
+def _changes(comparison: Comparison, date: str) -> Table:
+    table = Table("cell", "backend", "before", "after", "ratio", "noise", "", title=f"against the record of {date}")
+    for c in sorted(comparison.changes, key=lambda c: -c.ratio):
+        mark = "[red]slower[/]" if c.regressed else "[green]faster[/]" if c.improved else ""
+        table.add_row(
+            c.cell, c.backend, duration(c.before), duration(c.after), f"{c.ratio:.3f}", f"{100 * c.noise:.0f} %", mark
+        )
+    for r in comparison.lost:
+        table.add_row(r.cell, r.backend, "a number", r.status, "", "", "[red]lost its number[/]")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """`seconds` with a unit that leaves one to three digits before the point."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"

@@ -1,0 +1,29 @@
+"""`rpa bench`: one command a device. Judged cells, their times beside the machine's ceilings, a record, a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="An earlier record: exit 1 on a regression past the noise.")
+    ] = None,
+    platform: Annotated[str | None, typer.Option(help="Only this backend: xla, triton, pallas.")] = None,
+    only: Annotated[str, typer.Option(help="Only cells whose name contains this text.")] = "",
+    peers: Annotated[bool, typer.Option(help="Also time the peers that are installed.")] = True,
+    history: Annotated[list[Path] | None, typer.Option(help="Earlier records for the page's history.")] = None,
+) -> None:
+    """Benchmark verified cases on this machine's device, against its measured ceilings.
+
+    A case that the oracle does not pass has no number. Exit codes: 0, 1 a regression or a failed case, 2 usage,
+    3 nothing was timed.
+    """
+    from fuzz.bench import session
+
+    raise typer.Exit(session.main(json, html, compare, platform, only, peers, history or []))
