@@ -1,10 +1,10 @@
 """The XLA backend: blocked online softmax in while loops whose trip counts are the live work.
 
-A sequence is cut into tiles of query rows, by its own query length only: one row for decode, a few for a short
-query, a large tile otherwise. A loop walks the live tiles of each shape; inside it another walks the blocks of
-pages that the tile's rows see. Nothing is ever as long as a context, and dead rows, sequences and pages are never
-visited. The blocks of a tile start at the page its window starts in, so a sequence's arithmetic depends on nothing
-but itself.
+A sequence is cut into tiles of query rows, by its own query length only: large tiles first, a short remainder
+into small ones, a single row (all of a decode step) into tiles of one. A loop walks the live tiles of each shape;
+inside it another walks the blocks of pages that the tile's rows see. Nothing is ever as long as a context, and dead
+rows, sequences and pages are never visited. The blocks of a tile start at the page its window starts in, so a
+sequence's arithmetic depends on nothing but itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ from rpa.layout import Ragged
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Keys a block, rows a tile, keys a decode block: the candidates beside the heuristic.
+_AROUND = (
+    (128, 64, 128),
+    (512, 64, 512),
+    (256, 32, 256),
+    (256, 128, 1024),
+    (512, 128, 256),
+    (1024, 64, 2048),
+)
+
 
 class Tile(NamedTuple):
-    """One shape of work, and the query lengths it serves."""
+    """One shape of work."""
 
     rows: int  # query rows
     pages: int  # pages a block
-    shortest: int  # query lengths shortest..longest take this shape
-    longest: int
+    spare: int  # a remainder of at most this many rows is left to the smaller tiles
 
 
 class Item(NamedTuple):
@@ -55,48 +65,66 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     if signature.num_pages == 0:  # no live sequence can see a key, yet a gather needs a page to name
         inputs = inputs._replace(kv_pages=jnp.zeros((1, *inputs.kv_pages.shape[1:]), inputs.kv_pages.dtype))
     shape = (signature.num_tokens, signature.num_q_heads)
-    output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
-    lse = jnp.full(shape, -jnp.inf, jnp.float32)
+    never = _never(inputs)
+    output = _varying(jnp.zeros((*shape, signature.head_dim), signature.q_dtype), never)
+    lse = _varying(jnp.full(shape, -jnp.inf, jnp.float32), never)
+    taken = jnp.zeros(signature.max_seqs, jnp.int32)
+    carry = (output, lse) if signature.return_lse else (output,)
     for tile in tiles(signature, config):
-        output, lse = _sweep(tile, inputs, signature, ragged, output, lse)
-    output, lse = layout.finish(output, lse, inputs, signature, ragged)
-    return output, lse if signature.return_lse else None
+        taken, carry = _sweep(tile, inputs, signature, ragged, taken, carry)
+    lse = carry[1] if len(carry) == 2 else None
+    return layout.finish(carry[0], lse, inputs, signature, ragged)
+
+
+def _never(inputs: Inputs):
+    """A traced False that varies over every mesh axis that some input varies over."""
+    corners = [a[(slice(0, 1),) * a.ndim].reshape(()) for a in inputs if a is not None]
+    return jnp.any(jnp.stack([corner.astype(jnp.float32) for corner in corners]) > jnp.inf)
+
+
+def _varying(x, never):
+    """`x` as a loop may carry it inside `shard_map`, where a carry may not begin to vary half-way."""
+    return jnp.where(never, jnp.zeros_like(x), x)
 
 
 def tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Tile, ...]:
-    """The tile shapes of a program, shortest queries first; together they serve every query length once."""
-    most = signature.num_tokens
-    pages = config.num_kv_pages_per_block or 8
-    bounds = (config.option("short_rows", 8), config.num_queries_per_block or 64)
-    shapes = [Tile(1, pages, 1, 1)]
-    for rows in bounds:
-        shortest = shapes[-1].longest + 1
-        if shortest <= most:
-            longest = most if rows == bounds[-1] else min(rows, most)
-            shapes.append(Tile(min(rows, most), pages, shortest, longest))
-    return tuple(shape._replace(pages=min(shape.pages, signature.pages_per_seq)) for shape in shapes)
+    """The tile shapes of a program, largest first; one that no sequence of this call can fill is left out."""
+    usual = _blocks(signature)
+    rows = config.num_queries_per_block or usual.rows
+    pages = config.num_kv_pages_per_block or usual.pages
+    short = min(config.option("short_rows", usual.short_rows), rows)
+    few = config.option("decode_pages", usual.decode_pages)
+    shapes = (Tile(rows, pages, 2 * short), Tile(short, few, 1), Tile(1, few, 0))
+    fits = [tile for tile in shapes if tile.spare < min(signature.num_tokens, tile.rows)]
+    return tuple(Tile(min(t.rows, signature.num_tokens), min(t.pages, signature.pages_per_seq), t.spare) for t in fits)
 
 
-def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, output, lse):
-    """Run every live tile of one shape and store its rows."""
-    length = ragged.stop - ragged.start
-    served = (length >= tile.shortest) & (length <= tile.longest)
-    ends = jnp.cumsum(jnp.where(served, -(-length // tile.rows), 0))  # [S], items up to and with a sequence
+def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, taken, carry):
+    """Run every live tile of one shape and store its rows; `taken` int32 [S] are the rows larger tiles took."""
+    left = ragged.stop - ragged.start - taken
+    spare = left % tile.rows
+    share = jnp.where(spare > tile.spare, left, left - spare)  # rows of each sequence that take this shape
+    ends = jnp.cumsum(-(-share // tile.rows))  # [S], items up to and with a sequence
 
     def body(index, carry):
         sequence = jnp.sum(ends <= index, dtype=jnp.int32)
-        before = jnp.where(sequence > 0, ends[jnp.maximum(sequence - 1, 0)], 0)
-        offset = (index - before) * tile.rows
-        item = Item(
-            first_row=ragged.start[sequence] + offset,
-            rows=jnp.minimum(tile.rows, length[sequence] - offset),
-            position=ragged.context[sequence] - length[sequence] + offset,
-            sequence=sequence,
-        )
-        out, row_lse = _close(_attend(tile, item, inputs, signature), inputs, signature)
-        return _store(tile, item, carry, (out, row_lse))
+        item = _item(tile, index, sequence, ends, ragged, taken, share)
+        return _store(tile, item, carry, _close(_attend(tile, item, inputs, signature), inputs, signature))
 
-    return lax.fori_loop(0, ends[-1], body, (output, lse))
+    return taken + share, lax.fori_loop(0, ends[-1], body, carry)
+
+
+def _item(tile: Tile, index, sequence, ends, ragged: Ragged, taken, share) -> Item:
+    """Item `index` of a sweep; it belongs to `sequence`."""
+    before = jnp.where(sequence > 0, ends[jnp.maximum(sequence - 1, 0)], 0)
+    offset = (index - before) * tile.rows  # in the sequence's share
+    row = taken[sequence] + offset  # in its queries
+    return Item(
+        first_row=ragged.start[sequence] + row,
+        rows=jnp.minimum(tile.rows, share[sequence] - offset),
+        position=ragged.context[sequence] - (ragged.stop - ragged.start)[sequence] + row,
+        sequence=sequence,
+    )
 
 
 def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Softmax:
@@ -121,11 +149,9 @@ def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Sof
         z = _logits(queries, keys, inputs, signature).reshape(heads, tile.rows, group, block)
         return _fold(state, z, seen[:, None], values, signature)
 
-    start = Softmax(
-        m=jnp.full((heads, tile.rows, group), -jnp.inf),
-        l=jnp.zeros((heads, tile.rows, group)),
-        acc=jnp.zeros((heads, tile.rows, group, dim)),
-    )
+    shape, never = (heads, tile.rows, group), _never(inputs)
+    start = Softmax(m=jnp.full(shape, -jnp.inf), l=jnp.zeros(shape), acc=jnp.zeros((*shape, dim)))
+    start = Softmax(*(_varying(x, never) for x in start))
     blocks = -(-(stop - first_page * signature.page_size) // block)
     return lax.fori_loop(0, jnp.maximum(blocks, 0), body, start)
 
@@ -229,27 +255,58 @@ def _store(tile: Tile, item: Item, carry, result):
     row = at - item.first_row + jnp.arange(tile.rows)  # of the tile
     mine = (row >= 0) & (row < item.rows)
     stored = []
-    for whole, part in zip(carry, result, strict=True):
+    for whole, part in zip(carry, result, strict=False):  # the lse is dropped when nobody asked for it
         shape = (tile.rows,) + (1,) * (part.ndim - 1)
         fresh = part[jnp.clip(row, 0, tile.rows - 1)].astype(whole.dtype)
         old = lax.dynamic_slice_in_dim(whole, at, tile.rows)
-        stored.append(
-            lax.dynamic_update_slice_in_dim(whole, jnp.where(mine.reshape(shape), fresh, old), at, 0)
-        )
+        stored.append(lax.dynamic_update_slice_in_dim(whole, jnp.where(mine.reshape(shape), fresh, old), at, 0))
     return tuple(stored)
 
 
 def _supports(signature: Signature, device: Device) -> str | None:
-    return None
+    return None  # the contract, whole, on every chip
+
+
+class _Blocks(NamedTuple):
+    pages: int
+    rows: int
+    short_rows: int
+    decode_pages: int
+
+    def config(self) -> RaggedPageAttentionv2Config:
+        options = (("decode_pages", self.decode_pages), ("short_rows", self.short_rows))
+        return RaggedPageAttentionv2Config(self.pages, self.rows, platform="xla", options=options)
+
+
+def _blocks(signature: Signature) -> _Blocks:
+    """Decode blocks of about 1 MiB of keys and values, tiles of about 2 MiB of logits: a core's cache holds them."""
+    key_bytes = 2 * signature.num_kv_heads * signature.head_dim * _BYTES[signature.compute_dtype]
+    rows = _power_of_two((1 << 21) // (4 * 256 * signature.num_q_heads), 16, 128)
+    decode = _power_of_two((1 << 20) // key_bytes, 128, 512)
+    return _Blocks(_pages(256, signature), rows, min(16, rows // 2), _pages(decode, signature))
 
 
 def _heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
-    pages = max(1, min(256 // signature.page_size, signature.pages_per_seq))
-    return RaggedPageAttentionv2Config(pages, min(64, max(signature.num_tokens, 1)), platform="xla")
+    return _blocks(signature).config()
+
+
+def _power_of_two(wanted: int, least: int, most: int) -> int:
+    """The power of two at or below `wanted`, within bounds."""
+    return min(max(1 << max(wanted, 1).bit_length() - 1, least), most)
+
+
+def _pages(keys: int, signature: Signature) -> int:
+    return max(1, min(keys // signature.page_size, signature.pages_per_seq))
 
 
 def _candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
-    return (_heuristic(signature, device),)
+    """Configs around the heuristic whose programs differ."""
+    usual = _blocks(signature).config()
+    found = {tiles(signature, usual): usual}
+    for keys, rows, decode in _AROUND:
+        config = _Blocks(_pages(keys, signature), rows, min(16, rows // 2), _pages(decode, signature)).config()
+        found.setdefault(tiles(signature, config), config)
+    return tuple(found.values())
 
 
 def _claim(signature: Signature, device: Device) -> dict[str, Any]:
