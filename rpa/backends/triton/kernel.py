@@ -48,34 +48,38 @@ def _splits(
 
 @triton.jit
 def _survey(
-    query_start_loc, context_lens, live,
-    T: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
+    query_start_loc, context_lens, num_seqs,
+    T: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
     SHORT_Q: tl.constexpr, LONG_Q: tl.constexpr, HAS_LONG: tl.constexpr,
     ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Inclusive prefix sums of short and long items [S_PAD], the rows any sequence owns, and the offsets' maxima."""
+    """Inclusive prefix sums of short and of long items, each sequence's first row [S_PAD]; first and last owned row.
+
+    Dead metadata is loaded (all loads leave at once) and then forgotten.
+    """
     s = tl.arange(0, S_PAD)
-    alive = s < live
-    begin = tl.load(query_start_loc + s, mask=alive, other=0)
-    end = tl.load(query_start_loc + s + 1, mask=alive, other=0)
-    context = tl.load(context_lens + s, mask=alive, other=0)
-    start = tl.minimum(tl.maximum(tl.associative_scan(begin, 0, _max), 0), T)
+    begin = tl.load(query_start_loc + s, mask=s < S, other=0)
+    end = tl.load(query_start_loc + s + 1, mask=s < S, other=0)
+    context = tl.load(context_lens + s, mask=s < S, other=0)
+    zeroth = tl.load(query_start_loc)
+    alive = s < tl.minimum(tl.load(num_seqs), S)
+    start = tl.minimum(tl.maximum(tl.associative_scan(tl.where(alive, begin, 0), 0, _max), 0), T)
     stop = tl.where(alive, tl.minimum(tl.maximum(end, start), T), start)
     valid = (begin == start) & (end == stop) & (context >= 0) & (context <= CAPACITY) & alive
     rows = stop - start
     q_len = tl.where(valid, rows, 0)
     low, size, splits = _splits(tl.where(valid, context, 0), q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
-    short = tl.where(q_len > 0, splits, (rows > 0).to(tl.int32))
-    long = (rows + LONG_Q - 1) // LONG_Q
+    short = tl.where(rows <= SHORT_Q, tl.where(rows > 0, splits, 0), 0)
+    long = tl.where(rows <= SHORT_Q, 0, rows)
     if HAS_LONG:
-        is_short = rows <= SHORT_Q
-        short = tl.where(is_short, short, 0)
-        long = tl.where(is_short, 0, long)
+        short_sums = tl.cumsum(short, 0)
+        long_sums = tl.cumsum((long + LONG_Q - 1) // LONG_Q, 0)
     else:
-        short = tl.where(rows <= SHORT_Q, short, (rows + SHORT_Q - 1) // SHORT_Q)
-        long = long * 0
-    first = tl.min(tl.where(alive & (rows > 0), start, T), 0)
-    return tl.cumsum(short, 0), tl.cumsum(long, 0), first, tl.max(tl.where(alive, stop, 0), 0), start
+        short_sums = tl.cumsum(short + (long + SHORT_Q - 1) // SHORT_Q, 0)
+        long_sums = short_sums
+    last = tl.max(tl.where(alive, stop, 0), 0)
+    first = tl.minimum(tl.maximum(zeroth, 0), last)
+    return short_sums, long_sums, start, first, last
 
 
 @triton.jit
@@ -87,14 +91,20 @@ def _find(sums, index, S_PAD: tl.constexpr):
 
 
 @triton.jit
-def _any_bad_page(table, first, last, P: tl.constexpr, CHUNK: tl.constexpr):
-    """1 when an entry of table[first:last] lies outside the pool."""
-    bad = tl.zeros([CHUNK], tl.int32)
-    for at in tl.range(first, last, CHUNK, num_stages=1):
-        entry = at + tl.arange(0, CHUNK)
-        page = tl.load(table + entry, mask=entry < last, other=0)
-        bad = bad | ((page < 0) | ((page >= P) & (entry < last))).to(tl.int32)
-    return tl.max(bad, 0)
+def _peek(table, first, last, CHUNK: tl.constexpr):
+    """The first CHUNK entries of table[first:last], asked for early and looked at late."""
+    entry = first + tl.arange(0, CHUNK)
+    return tl.load(table + entry, mask=entry < last, other=0)
+
+
+@triton.jit
+def _any_bad_page(peeked, table, first, last, P: tl.constexpr, CHUNK: tl.constexpr):
+    """1 when an entry of table[first:last] lies outside the pool; an empty range has none."""
+    bad = ((peeked < 0) | (peeked >= P)) & (first + tl.arange(0, CHUNK) < last)
+    for at in tl.range(first + CHUNK, last, CHUNK, num_stages=1):
+        page = _peek(table, at, last, CHUNK)
+        bad = bad | (page < 0) | ((page >= P) & (at + tl.arange(0, CHUNK) < last))
+    return tl.max(bad.to(tl.int32), 0)
 
 
 @triton.jit
@@ -118,9 +128,12 @@ def _logits(scores, scale, CAP: tl.constexpr):
 @triton.jit
 def _fold(
     scores, v, acc, m, l, scale, hi, lo, keys, edge,
-    CAP: tl.constexpr, FUSED: tl.constexpr, WINDOW: tl.constexpr, ALWAYS_MASK: tl.constexpr,
+    CAP: tl.constexpr, FUSED: tl.constexpr, WINDOW: tl.constexpr, ALWAYS_MASK: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax. FUSED: a plain positive scale, applied inside the exponent's multiply-add."""
+    """One step of the online softmax. FUSED: a plain positive scale, applied inside the exponent's multiply-add.
+
+    LAZY keeps a sum for every column, which spares narrow tiles a reduction across warps in each step.
+    """
     if FUSED:
         x = scores
     else:
@@ -139,7 +152,10 @@ def _fold(
     else:
         p = tl.math.exp2(x - new[:, None])
     keep = tl.math.exp2(m - new)
-    l = l * keep + tl.sum(p, 1)
+    if LAZY:
+        l = l * keep[:, None] + p
+    else:
+        l = l * keep + tl.sum(p, 1)
     acc = acc * keep[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return acc, new, l
@@ -159,8 +175,8 @@ def _attend(
     begin, end, scale,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, FUSED: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALWAYS_MASK: tl.constexpr, ONE_PAGE: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALWAYS_MASK: tl.constexpr, LAZY: tl.constexpr,
+    ONE_PAGE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) of one sequence into a tile of rows.
 
@@ -168,19 +184,7 @@ def _attend(
     last_position: the tile's smallest and largest. Returns acc [BLOCK_M, D_PAD], m and l [BLOCK_M], all f32 in base 2,
     and 1 when a page id that was needed lies outside the pool.
     """
-    d = tl.arange(0, D_PAD)
-    at = (token.to(tl.int64) * HQ + head) * D
-    q = tl.load(queries + at[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
-    hi = position + 1
-    lo = position - (WINDOW - 1)
-    open_lo = last_position - (WINDOW - 1)  # keys from here up to open_hi are seen by every row
-    open_hi = first_position + 1
-    STRIDE: tl.constexpr = 2 * HKV * D  # elements between two slots of a page
-    keys_base = kv_pages + kv_head * (2 * D)
     n = tl.arange(0, BLOCK_N)
-    m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     LAST: tl.constexpr = P - 1 if P > 0 else 0
     if ONE_PAGE:  # a block never crosses a page
         bad = begin * 0
@@ -190,7 +194,19 @@ def _attend(
         needed = (begin + n < end) & (begin + n >= first_key)
         page = tl.load(table + (begin + n) // PAGE, mask=needed, other=0)
     if P == 0:
-        bad += 1
+        bad += tl.where(begin < end, 1, 0)
+    d = tl.arange(0, D_PAD)
+    row = (token.to(tl.int64) * HQ + head) * D
+    q = tl.load(queries + row[:, None] + d[None, :], mask=row_ok[:, None] & (d < D)[None, :], other=0.0).to(COMPUTE)
+    hi = position + 1
+    lo = position - (WINDOW - 1)
+    open_lo = last_position - (WINDOW - 1)  # keys from here up to open_hi are seen by every row
+    open_hi = first_position + 1
+    STRIDE: tl.constexpr = 2 * HKV * D  # elements between two slots of a page
+    keys_base = kv_pages + kv_head * (2 * D)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M, BLOCK_N] if LAZY else [BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         keys = block + n
         # The next block's page ids are fetched one block ahead: they address the next loads.
@@ -213,8 +229,10 @@ def _attend(
         if WINDOW > 0:
             edge = edge | (block < open_lo)
         acc, m, l = _fold(
-            scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK
+            scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK, LAZY
         )
+    if LAZY:
+        l = tl.sum(l, 1)
     if not ONE_PAGE:
         bad = tl.max(bad, 0)
     return acc, m, l, bad
@@ -286,6 +304,7 @@ def attend_kernel(
     HAS_LONG: tl.constexpr, LONG_M: tl.constexpr, LONG_Q: tl.constexpr, LONG_N: tl.constexpr,
     LONG_STAGES: tl.constexpr, LONG_ONE_PAGE: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
     ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    LAZY: tl.constexpr,
     EARLY: tl.constexpr, CLEAR: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Answer every row: items pid, pid + PROGRAMS, ... of the list of short and long tiles and rows to clear.
@@ -293,14 +312,14 @@ def attend_kernel(
     queries, output [T, HQ, D]; kv_pages [P, PAGE, 2 * HKV, D]; lse [T, HQ]; part_acc [slots, HQ, MAX_SPLITS, D] and
     part_ml [slots, HQ, MAX_SPLITS, 2] (maximum, sum) hold the splits of short sequences, unwritten where there is one split.
     """
-    live = tl.minimum(tl.maximum(tl.load(num_seqs), 0), S)
-    short_sums, long_sums, first_row, last_row, starts = _survey(
-        query_start_loc, context_lens, live, T, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
+    short_sums, long_sums, starts, first_row, last_row = _survey(
+        query_start_loc, context_lens, num_seqs, T, S, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
         SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SPLIT, MAX_SPLITS,
     )  # fmt: skip
-    first_row = tl.minimum(first_row, last_row)
     shorts = tl.max(short_sums, 0)
-    longs = tl.max(long_sums, 0)
+    longs = shorts * 0
+    if HAS_LONG:
+        longs = tl.max(long_sums, 0)
     tiles = (shorts + longs) * HEAD_GROUPS
     unowned = (T - (last_row - first_row)).to(tl.int64) * (HQ * D)
     items = tiles + ((unowned + CLEAR - 1) // CLEAR).to(tl.int32)
@@ -332,6 +351,7 @@ def attend_kernel(
                     T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
                     HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
                     SHORT_M, SHORT_Q, SHORT_STAGES, SHORT_ONE_PAGE, ALIGN, SHORT_N, SPLIT, MAX_SPLITS, ROW_SLOTS,
+                    LAZY,
                 )  # fmt: skip
             else:
                 if HAS_LONG:
@@ -390,6 +410,7 @@ def _short_item(
     WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
     M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
     ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    LAZY: tl.constexpr,
 ):  # fmt: skip
     """One split of a short sequence, or one narrow tile of a long one in a program without long tiles."""
     sequence, number = _find(sums, index, S_PAD)
@@ -411,7 +432,9 @@ def _short_item(
         first_key = tl.maximum(tl.maximum(context - q_len, 0) - (WINDOW - 1), 0)
     if whole:
         # Other tiles of the sequence see pages that this one does not, and all must agree.
-        bad = bad | _any_bad_page(table, first_key // PAGE, (context + PAGE - 1) // PAGE, P, 128)
+        first_page, last_page = first_key // PAGE, (context + PAGE - 1) // PAGE
+        peeked = _peek(table, first_page, last_page, 128)
+        bad = bad | _any_bad_page(peeked, table, first_page, last_page, P, 128)
         end = tl.minimum(end, tl.maximum(last_position + 1, 0))
         if WINDOW > 0:
             first_key = tl.maximum(first_position - (WINDOW - 1), 0)
@@ -420,7 +443,7 @@ def _short_item(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, ONE_PAGE, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, LAZY, ONE_PAGE, STAGES,
     )  # fmt: skip
     bad = bad | bad_page
     if splits == 1:
@@ -469,13 +492,15 @@ def _long_item(
         first_key = tl.maximum(first_position - (WINDOW - 1), 0)
         begin = first_key // ALIGN * ALIGN
     end = tl.maximum(last_position + 1, 0)
-    bad = bad | _any_bad_page(table, seen // PAGE, (context + PAGE - 1) // PAGE, P, 256)
+    first_page, last_page = seen // PAGE, (context + PAGE - 1) // PAGE
+    peeked = _peek(table, first_page, last_page, 256)
     acc, m, l, _ = _attend(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, ONE_PAGE, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, False, ONE_PAGE, STAGES,
     )  # fmt: skip
+    bad = bad | _any_bad_page(peeked, table, first_page, last_page, P, 256)
     _close(
         acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale,
         HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
@@ -496,52 +521,55 @@ def combine_kernel(
     T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     HKV: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr, SHORT_Q: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    ROW_SLOTS: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    SPLITS_PAD: tl.constexpr, ROW_SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of the short sequence program_id(0), in the order of their keys.
+    """Merge the splits of one head of one short sequence, in the order of their keys.
 
-    Program (s, i) of PROGRAMS answers ROWS of its rows (token, head) at a time. output and lse already hold every
-    row that has one split, and are updated in place.
+    Rows of one split are in `output` and `lse` already, which are updated in place.
     """
     sequence = tl.program_id(0)
-    live = tl.minimum(tl.maximum(tl.load(num_seqs), 0), S)
-    if sequence < live:
-        s = tl.arange(0, S_PAD)
-        begins = tl.load(query_start_loc + s, mask=s <= sequence, other=0)
-        start = tl.minimum(tl.max(begins, 0), T)
-        stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
-        low, size, splits = _splits(context, q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
-        if (splits > 1) & (bad == 0) & (q_len <= SHORT_Q):
-            for first in tl.range(tl.program_id(1) * ROWS, q_len * HQ, PROGRAMS * ROWS, num_stages=1):
-                r = first + tl.arange(0, ROWS)
-                row_ok = r < q_len * HQ
-                token = start + r // HQ
-                head = r % HQ
-                at = (_slot(token, start, sequence, SHORT_Q, ROW_SLOTS) * HQ + head) * MAX_SPLITS
-                acc, m, l = _merge(part_acc, part_ml, at, row_ok, splits, D, D_PAD, ROWS, SPLITS_PAD, STAGES)
-                _close(
-                    acc, m, l, 0, token, head, row_ok, output, lse, sinks, v_scale,
-                    HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
-                )  # fmt: skip
+    head = tl.program_id(1) + tl.zeros([1], tl.int32)
+    s = tl.arange(0, S_PAD)
+    begins = tl.load(query_start_loc + s, mask=s <= sequence, other=0)
+    begin = tl.load(query_start_loc + sequence)
+    end = tl.load(query_start_loc + sequence + 1)
+    context = tl.load(context_lens + sequence)
+    live = tl.load(num_seqs)
+    start = tl.minimum(tl.maximum(tl.max(begins, 0), 0), T)
+    q_len = end - begin
+    good = (sequence < live) & (begin == start) & (end >= begin) & (end <= T)
+    good = good & (context >= 0) & (context <= PAGES_PER_SEQ * PAGE) & (q_len <= SHORT_Q)
+    low, size, splits = _splits(tl.where(good, context, 0), q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    if good & (splits > 1):
+        for local in tl.range(0, q_len, num_stages=1):
+            token = start + local + tl.zeros([1], tl.int32)
+            at = (_slot(token, start, sequence, SHORT_Q, ROW_SLOTS) * HQ + head) * MAX_SPLITS
+            acc, m, l = _merge(part_acc, part_ml, at, splits, D, D_PAD, SPLITS_PAD, CHUNK)
+            _close(
+                acc, m, l, 0, token, head, head >= 0, output, lse, sinks, v_scale,
+                HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
+            )  # fmt: skip
 
 
 @triton.jit
 def _merge(
-    part_acc, part_ml, at, row_ok, splits, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, STAGES: tl.constexpr,
+    part_acc, part_ml, at, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """acc [ROWS, D_PAD], m and l [ROWS] of all splits of the rows whose first split is number `at`."""
+    """acc [1, D_PAD], m and l [1] of all splits of the row whose first split is number at[0]."""
     i = tl.arange(0, SPLITS_PAD)
-    ok = row_ok[:, None] & (i < splits)[None, :]
-    m = tl.load(part_ml + 2 * (at[:, None] + i[None, :]), mask=ok, other=LOWEST)
-    l = tl.load(part_ml + 2 * (at[:, None] + i[None, :]) + 1, mask=ok, other=0.0)
-    top = tl.max(m, 1)
-    total = tl.sum(l * tl.math.exp2(m - top[:, None]), 1)
+    m = tl.load(part_ml + 2 * (at + i), mask=i < splits, other=LOWEST)
+    l = tl.load(part_ml + 2 * (at + i) + 1, mask=i < splits, other=0.0)
+    top = tl.max(m, 0)
+    total = tl.sum(l * tl.math.exp2(m - top), 0)
     d = tl.arange(0, D_PAD)
-    inside = row_ok[:, None] & (d < D)[None, :]
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for split in tl.range(0, splits, num_stages=STAGES):
-        weight = tl.math.exp2(tl.load(part_ml + 2 * (at + split), mask=row_ok, other=LOWEST) - top)
-        acc += tl.load(part_acc + ((at + split) * D)[:, None] + d[None, :], mask=inside, other=0.0) * weight[:, None]
-    return acc, top, total
+    acc = tl.zeros([D_PAD], tl.float32)
+    for chunk in tl.range(0, splits, CHUNK, num_stages=1):
+        split = chunk + tl.arange(0, CHUNK)
+        weight = tl.math.exp2(tl.load(part_ml + 2 * (at + split), mask=split < splits, other=LOWEST) - top)
+        inside = (split < splits)[:, None] & (d < D)[None, :]
+        part = tl.load(part_acc + ((at + split) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+        acc += tl.sum(part * weight[:, None], 0)
+    one = tl.zeros([1], tl.float32)
+    return acc[None, :], top + one, total + one

@@ -16,16 +16,21 @@ from rpa.signature import Inputs, Signature
 
 
 def scratch(signature: Signature, plan: planning.Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of what the launches write: output, lse and the splits."""
+    """Shape and dtype of what the launches write: output, lse and the splits; one element where a call has none.
+
+    All four always exist, because jax-triton passes buffers in the order inputs, outputs: a dummy input behind an
+    output (in the kernel's order of parameters) would silently swap pointers.
+    """
     rows, heads, dim = signature.num_tokens, signature.num_q_heads, signature.head_dim
     dtype = getattr(ml_dtypes, signature.q_dtype, signature.q_dtype)
-    arrays: dict[str, tuple[tuple[int, ...], Any]] = {"output": ((rows, heads, dim), np.dtype(dtype))}
-    if signature.return_lse:
-        arrays["lse"] = ((rows, heads), np.dtype("float32"))
-    if plan.combine:
-        arrays["part_acc"] = ((plan.slots, heads, plan.max_splits, dim), np.dtype("float32"))
-        arrays["part_ml"] = ((plan.slots, heads, plan.max_splits, 2), np.dtype("float32"))
-    return arrays
+    splits = (plan.slots, heads, plan.max_splits) if plan.combine else ()
+    single = np.dtype("float32")
+    return {
+        "output": ((rows, heads, dim), np.dtype(dtype)),
+        "lse": ((rows, heads) if signature.return_lse else (1,), single),
+        "part_acc": ((*splits, dim) if splits else (1,), single),
+        "part_ml": ((*splits, 2) if splits else (1,), single),
+    }
 
 
 def bind(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +39,7 @@ def bind(inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
     if "softmax_aux" in arrays:
         arrays["sinks"] = arrays.pop("softmax_aux")
     unused = arrays["context_lens"]
-    optional = ("sinks", "k_scale", "v_scale", "lse", "part_acc", "part_ml")
+    optional = ("sinks", "k_scale", "v_scale")
     return {name: unused for name in optional if name not in arrays} | arrays
 
 
@@ -51,7 +56,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     outputs = _attend(inputs, signature, plan, capability)
     if plan.combine:
         outputs = _combine(inputs, signature, plan, outputs, capability)
-    return outputs["output"], outputs.get("lse")
+    return outputs["output"], outputs["lse"] if signature.return_lse else None
 
 
 def _attend(inputs: Inputs, signature: Signature, plan: planning.Plan, capability: Any) -> dict[str, jax.Array]:
@@ -70,7 +75,7 @@ def _combine(inputs: Inputs, signature: Signature, plan: planning.Plan, outputs:
     from rpa.backends.triton.kernel import combine_kernel
 
     assert plan.combine is not None
-    updated = {name: jax.new_ref(outputs[name]) for name in ("output", "lse") if name in outputs}
+    updated = {name: jax.new_ref(outputs[name]) for name in ("output", "lse")}
     arrays = bind(inputs._asdict(), outputs | updated)
     unused = ("queries", "kv_pages", "block_tables", "k_scale")
     _call(combine_kernel, plan.combine, {n: a for n, a in arrays.items() if n not in unused}, (), capability)
@@ -82,7 +87,10 @@ def _call(kernel: Any, launch: planning.Launch, arrays: dict[str, Any], out_type
     constants = dict(launch.constants)
     if "COMPUTE" in constants:
         constants["COMPUTE"] = _triton_dtype(constants["COMPUTE"])
-    options = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
+    # Said aloud, since triton 3.9 warns about the default and 3.10 changes it.
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if launch.max_registers is not None:
+        options["maxnreg"] = launch.max_registers
     return jax_triton().triton_call(
         kernel=kernel,
         out_type=out_type,

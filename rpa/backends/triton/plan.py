@@ -16,7 +16,7 @@ from rpa.signature import Signature
 MULTIPROCESSORS = 132  # an H100 or H200; others are close enough for a grid that walks a list of items
 MOST_HEADS = 64  # query heads packed into a tile; a larger group takes several
 OPTIONS = (
-    "long_m", "long_n", "short_n", "short_stages", "split", "early", "programs", "combine_rows",
+    "long_m", "long_n", "short_n", "short_stages", "split", "early", "programs", "lazy",
     "combine_warps", "mask", "one_page", "max_registers",
 )  # fmt: skip
 
@@ -71,11 +71,11 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config) -> Plan:
     options = _options(signature)
     has_splits = split["MAX_SPLITS"] > 1
     bound = _bound(signature, tiles, split)
-    programs = min(bound, config.option("programs", 16 * MULTIPROCESSORS))
+    programs = min(bound, config.option("programs", (16 if tiles["HAS_LONG"] else 4) * MULTIPROCESSORS))
     attend = Launch(
         grid=(programs,),
         constants=shape | options | tiles | split | {
-            "EARLY": config.option("early", 75), "CLEAR": 4096, "PROGRAMS": programs,
+            "EARLY": config.option("early", 75), "CLEAR": 4096, "PROGRAMS": programs, "LAZY": bool(config.option("lazy", 1)),
             "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature), "SCALE": signature.softmax_scale,
             "CAP": signature.logits_soft_cap or 0.0, "COMPUTE": signature.compute_dtype, "P": signature.num_pages,
         },
@@ -152,15 +152,13 @@ def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -
 
 
 def _combine(signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]) -> Launch:
-    rows = config.option("combine_rows", 4 if signature.max_seqs * signature.num_q_heads >= 1024 else 1)
-    programs = max(1, signature.num_q_heads // rows)
-    keep = ("SHORT_Q", "SHORT_N", "ALIGN")
-    names = ("SPLIT", "MAX_SPLITS", "ROW_SLOTS")
+    """One program a sequence and head; as many splits at once as registers hold."""
+    keep = {name: tiles[name] for name in ("SHORT_Q", "SHORT_N", "ALIGN")}
+    padded = pow2(split["MAX_SPLITS"])
+    chunk = max(1, min(padded, 4096 // shared["D_PAD"]))
     return Launch(
-        grid=(signature.max_seqs, programs),
-        constants=shared | {name: tiles[name] for name in keep} | {name: split[name] for name in names} | {
-            "SPLITS_PAD": pow2(split["MAX_SPLITS"]), "ROWS": rows, "PROGRAMS": programs, "STAGES": 4,
-        },
-        num_warps=config.option("combine_warps", 1),
-        num_stages=4,
-    )  # fmt: skip
+        grid=(signature.max_seqs, signature.num_q_heads),
+        constants=shared | keep | split | {"SPLITS_PAD": padded, "CHUNK": chunk},
+        num_warps=config.option("combine_warps", 4),
+        num_stages=1,
+    )
