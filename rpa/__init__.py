@@ -9,6 +9,10 @@ from rpa.config import Platform as Platform
 from rpa.config import RaggedPageAttentionv2Config as RaggedPageAttentionv2Config
 from rpa.explanation import Explanation as Explanation
 from rpa.explanation import explain as explain
+from rpa.kernel import Executor as Executor
+from rpa.kernel import Invocation as Invocation
+from rpa.kernel import Kernel as Kernel
+from rpa.operation import RaggedPageAttentionv2 as RaggedPageAttentionv2
 from rpa.registered import KernelSpec as KernelSpec
 from rpa.registered import detect_platform as detect_platform
 from rpa.registered import kernel_registry as kernel_registry

@@ -186,7 +186,7 @@ def _spec_of(slot: Slot) -> KernelSpec:
 
 @functools.cache
 def _callable(name: str) -> Callable[..., Any]:
-    return functools.update_wrapper(functools.partial(_builtin, name), _builtin)
+    return functools.partial(_builtin, name)
 
 
 def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:

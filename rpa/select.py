@@ -81,6 +81,7 @@ class Query:
     kwargs: dict[str, Any] = field(default_factory=dict)
     explicit: Any | None = None
     untunable: str | None = None  # why this call may not be tuned
+    judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
 
@@ -221,7 +222,7 @@ class ConfigSelectorChain:
             return query.untunable
         if self.forbid_reautotune and query.triple in self._failed:
             return "tuning it failed earlier in this process"
-        return tune.why_not(self.tuner)
+        return tune.why_not(self.tuner) if query.judged else None
 
     def _dry(self, query: Query) -> Lookup:
         return None, self._why_not_tune(query) or "a call outside jit would tune now"
@@ -383,6 +384,7 @@ def query_of(
         args=() if inputs is None else (inputs,),
         explicit=cfg,
         untunable=untunable,
+        judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
     )

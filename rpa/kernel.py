@@ -1,0 +1,193 @@
+"""Operations as objects: the shape in which code written against the seed expects them, over plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from rpa import select
+from rpa.device import current, fingerprint
+from rpa.select import Query
+from rpa.validate import is_traced
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """One call of a kernel: its arguments, and how it is to be run."""
+
+    op_id: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_axes: Mapping[str, int] | None = None
+    override_cfg: Any | None = None
+    stamp: bool = True
+    method: str | None = None
+    mesh: Any | None = None
+    in_specs: Any | None = None
+    out_specs: Any | None = None
+    check_vma: bool = False
+
+    @property
+    def call_key(self) -> str:
+        """The readable key: shapes and dtypes of arrays, values of what is no array and no float."""
+        named = {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
+        parts = [f"{name}={shown}" for name, value in sorted(named.items()) if (shown := _shown(value))]
+        return " ".join([*parts, *([f"batch={dict(self.batch_axes)}"] if self.batch_axes else [])])
+
+    def make_key(self, key_builder: Callable[[Invocation], str] | None = None) -> str:
+        """The key that `key_builder` gives, or `call_key`."""
+        return self.call_key if key_builder is None else key_builder(self)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _shown(value: Any) -> str:
+    if _is_array(value):
+        return f"{np.dtype(value.dtype).name}{list(value.shape)}".replace(" ", "")
+    if value is None or isinstance(value, float) or callable(value):
+        return ""  # a float is a value, like a scale; the best config does not hang on it
+    return str(value)
+
+
+class Kernel:
+    """An operation with configs: subclasses give `run` and `heuristic_cfg`, and may give more.
+
+    `candidate_cfgs`, `run` and `heuristic_cfg` may have a variant for a chip, `candidate_cfgs_gpu` and so on, which
+    then wins there. There is no backward pass.
+    """
+
+    op_id: str = ""
+    version: str = "0"
+    key_builder: Callable[[Invocation], str] | None = None
+
+    def __init__(self, op_id: str | None = None) -> None:
+        self.op_id = op_id or self.op_id or f"{type(self).__module__}.{type(self).__name__}"
+
+    def prepare(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Change arguments before anything else sees them."""
+        return args, kwargs
+
+    def run(self, *args: Any, cfg: Any, **kwargs: Any) -> Any:
+        """Compute on exactly this config."""
+        raise NotImplementedError(f"{type(self).__name__} gives no run")
+
+    def heuristic_cfg(self, inv: Invocation) -> Any:
+        """A config that is right for every call."""
+        raise NotImplementedError(f"{type(self).__name__} gives no heuristic_cfg")
+
+    def candidate_cfgs(self, inv: Invocation) -> Iterable[Any]:
+        """The configs worth timing."""
+        return [self.heuristic_cfg(inv)]
+
+    def create_shard_map_wrapper(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A function to run over a mesh, and the arguments to call it with."""
+        raise NotImplementedError(f"{type(self).__name__} gives no create_shard_map_wrapper")
+
+    def hook(self, name: str, chip: str) -> Callable[..., Any]:
+        """The method of this name for a chip, or the general one."""
+        return getattr(self, f"{name}_{chip}", None) or getattr(self, name)
+
+    def query(self, inv: Invocation) -> Query:
+        """What selection has to know about an invocation."""
+        device = current(
+            next((v for v in (*inv.args, *inv.kwargs.values()) if isinstance(v, jax.Array)), None)
+        )
+        arguments = {**dict(enumerate(inv.args)), **inv.kwargs}
+        arrays = {str(name): value for name, value in arguments.items() if _is_array(value)}
+        fixed = {name: value for name, value in arguments.items() if not _is_array(value)}
+        traced = any(is_traced(value) for value in arrays.values())
+        run = self.hook("run", device.platform)
+
+        def program(cfg: Any) -> Callable[..., Any]:
+            def call(arrays: Mapping[str, Any]) -> Any:
+                named = {**fixed, **arrays}
+                args = [arrays[str(i)] if str(i) in arrays else fixed[i] for i in range(len(inv.args))]
+                return run(*args, cfg=cfg, **{name: named[name] for name in inv.kwargs})
+
+            return call
+
+        return Query(
+            op=f"{self.op_id}@{self.version}",
+            device=fingerprint(device),
+            stem=inv.make_key(self.key_builder),
+            heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
+            candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
+            program=program,
+            args=(arrays,),
+            explicit=inv.override_cfg,
+            untunable="inside jit there is nothing to time: stores and heuristics decide" if traced else None,
+            accelerator=device.platform in ("gpu", "tpu"),
+        )
+
+
+class Executor:
+    """Selects a config for a kernel's call and runs it.
+
+    Args:
+        chooser: anything with `choose(invocation, kernel)`, as `ConfigSelectorChain` has.
+        stamp_prefix: begins the scope under which the kernel stands in the lowered text's locations.
+    """
+
+    def __init__(self, chooser: Any = None, stamp_prefix: str = "rpa") -> None:
+        self.chooser = chooser if chooser is not None else select.default_chain()
+        self.stamp_prefix = stamp_prefix
+
+    def __call__(
+        self,
+        kernel: Kernel,
+        *args: Any,
+        cfg: Any | None = None,
+        stamp: bool = True,
+        method: str | None = None,
+        mesh: Any | None = None,
+        in_specs: Any | None = None,
+        out_specs: Any | None = None,
+        check_vma: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Run `kernel` on these arguments; with a mesh (or `method="shard_map"`), over it."""
+        override = kwargs.pop("_cfg", cfg)
+        args, kwargs = kernel.prepare(*args, **kwargs)
+        over = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
+        inv = Invocation(
+            kernel.op_id, args, kwargs, override_cfg=override, stamp=stamp, method=method, **over
+        )
+        sharded = method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs))
+        if method not in (None, "shard_map"):
+            raise ValueError(f"method={method!r}: 'shard_map' or None is expected")
+        chosen = self.chooser.choose(inv, kernel)
+        if sharded:
+            fn, call_args, *callback = kernel.create_shard_map_wrapper(*args, cfg=chosen, **over, **kwargs)
+            output = fn(*call_args)
+            return callback[0](output) if callback else output
+        run = kernel.hook("run", current().platform)
+        if not stamp:
+            return run(*args, cfg=chosen, **kwargs)
+        with jax.named_scope(f"{self.stamp_prefix}#{kernel.op_id}@{kernel.version}"):
+            return run(*args, cfg=chosen, **kwargs)
+
+    def choose_config(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Any:
+        """The config a call would run on."""
+        override = kwargs.pop("_cfg", cfg)
+        args, kwargs = kernel.prepare(*args, **kwargs)
+        return self.chooser.choose(Invocation(kernel.op_id, args, kwargs, override_cfg=override), kernel)
+
+    def compile(
+        self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any
+    ) -> Callable[..., Any]:
+        """A jitted function of the kernel's arrays on the config that these examples select."""
+        chosen = self.choose_config(kernel, *args, cfg=kwargs.pop("_cfg", cfg), **kwargs)
+        fixed = {name: value for name, value in kwargs.items() if not _is_array(value)}
+
+        def run(*arrays: Any, **named: Any) -> Any:
+            return kernel.run(*arrays, cfg=chosen, **{**fixed, **named})
+
+        return jax.jit(run)

@@ -1,0 +1,274 @@
+"""One call over a mesh: heads and sequences split without changing a bit, pages split and merged by their LSE.
+
+Heads: every device holds its query heads and the kv heads they read; nothing is exchanged. Sequences: every device
+sees all metadata and keeps a contiguous, equally heavy range of sequences, so the static shapes, and with them the
+bits, stay those of one device; one sum puts the rows together. Pages: every device attends to the pages it holds,
+each row as a sequence of its own over a compacted table, and the parts are weighted by `exp(lse)` (the split-KV
+merge of flash decoding, across devices).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rpa import api, layout, select
+from rpa import device as devices
+from rpa import validate as rules
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
+from rpa.mesh import Axes, Layout, check_mesh, layout_of, local_signature, size_of
+from rpa.program import compiled
+from rpa.registry import Implementation
+from rpa.signature import Inputs, Signature
+
+
+def run(
+    arrays: tuple, options: tuple, check_values: Any, platform: Any, cfg: Any, mesh: Any, in_specs: Any,
+    out_specs: Any, check_vma: bool = False,
+) -> Any:  # fmt: skip
+    """The public function over a mesh: the same arguments and answer, computed on every device of it.
+
+    Raises:
+        TypeError, ValueError: as without a mesh, and where the mesh and the shapes do not fit; the text names the axis.
+    """
+    check_mesh(mesh)
+    inputs, signature = api.prepare(arrays, options, check_values)
+    api.check_config(cfg)
+    plan = layout_of(mesh, in_specs)
+    local = local_signature(signature, plan, mesh)
+    wanted = _out_specs(out_specs, signature)
+    if signature.num_tokens == 0 or signature.max_seqs == 0:
+        return api.nothing_to_do(signature)
+    device = _device(mesh, inputs)
+    choice = select.choose(local, device, rules.platform_of(platform), cfg, sharding=plan.label(mesh))
+    program = _program(choice.implementation, choice.config, device, signature, plan, mesh, wanted, check_vma)
+    output, lse = program(_placed(inputs, signature, plan, mesh))
+    return (output, lse) if signature.return_lse else output
+
+
+def wrapper(arrays: tuple, options: tuple, platform: Any, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
+            check_vma: bool = False) -> tuple[Any, tuple]:  # fmt: skip
+    """A function of the seven arrays that runs them over the mesh, and the arrays to call it with."""
+    check_mesh(mesh)
+    *_, k_scale, v_scale = arrays
+
+    def sharded(*seven: Any) -> Any:
+        return run(
+            (*seven, k_scale, v_scale), options, False, platform, cfg, mesh, in_specs, out_specs, check_vma
+        )
+
+    return sharded, arrays[:7]
+
+
+def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:
+    """The caller's wish for output and LSE, each a PartitionSpec or None."""
+    pair = isinstance(out_specs, (tuple, list)) and not isinstance(out_specs, PartitionSpec)
+    output, lse = (
+        out_specs if pair else (out_specs, None if out_specs is None else PartitionSpec(*out_specs[:2]))
+    )
+    for spec in (output, lse):
+        if spec is not None and not isinstance(spec, PartitionSpec):
+            raise TypeError(f"out_specs={out_specs!r}: a PartitionSpec, a pair of them or None is expected")
+    return output, lse if signature.return_lse else None
+
+
+def _device(mesh: Any, inputs: Inputs) -> Device:
+    return (
+        devices.describe(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else devices.current(inputs.queries)
+    )
+
+
+@lru_cache(maxsize=256)
+def _program(
+    implementation: Implementation, config: RaggedPageAttentionv2Config, device: Device, signature: Signature,
+    plan: Layout, mesh: Any, wanted: tuple[Any, Any], check_vma: bool,
+) -> Any:  # fmt: skip
+    """The jitted call over the mesh."""
+    local = local_signature(signature, plan, mesh)
+    kernel = compiled(implementation, local, config, device)
+
+    def body(inputs: Inputs) -> Any:
+        inputs = _own_heads(inputs, signature, local, plan, mesh)
+        share = replace(signature, num_q_heads=local.num_q_heads, num_kv_heads=local.num_kv_heads)
+        if not plan.sequences:
+            return _attend(inputs, share, plan, mesh, local, kernel)
+        owned = _own_sequences(inputs, share, plan.sequences, size_of(mesh, plan.sequences))
+        output, lse = _attend(owned.inputs, share, plan, mesh, local, kernel)
+        return _together(output, lse, owned, plan.sequences)
+
+    specs, out_specs = _specs(signature, plan, mesh), _natural(plan, signature)
+    sharded = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
+
+    def over_mesh(inputs: Inputs) -> Any:
+        found = sharded(inputs)
+        return tuple(_constrained(array, spec, mesh) for array, spec in zip(found, wanted, strict=True))
+
+    return jax.jit(over_mesh)
+
+
+def _constrained(array: Any, spec: Any, mesh: Any) -> Any:
+    return array if spec is None else lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
+
+
+def _part(axes: Axes) -> Any:
+    return axes or None
+
+
+def _natural(plan: Layout, signature: Signature) -> tuple[Any, Any]:
+    heads = _part(plan.heads)
+    return PartitionSpec(None, heads, None), PartitionSpec(None, heads) if signature.return_lse else None
+
+
+def _specs(signature: Signature, plan: Layout, mesh: Any) -> Inputs:
+    """How the arrays lie on the mesh; metadata, and kv heads too few to split, lie whole on every device."""
+    heads, whole = _part(plan.heads), PartitionSpec()
+    kv = heads if signature.num_kv_heads % size_of(mesh, plan.heads) == 0 else None
+    specs: tuple[Any, ...] = (
+        PartitionSpec(None, heads, None),
+        PartitionSpec(_part(plan.pages), None, kv, None),
+        whole, whole, whole, whole,
+        PartitionSpec(heads) if signature.sinks else None,
+        PartitionSpec(kv) if signature.k_scale else None,
+        PartitionSpec(kv) if signature.v_scale else None,
+    )  # fmt: skip
+    return Inputs(*specs)
+
+
+def _placed(inputs: Inputs, signature: Signature, plan: Layout, mesh: Any) -> Inputs:
+    """Concrete arrays where the program wants them; a traced call leaves that to the compiler."""
+    if not isinstance(mesh, Mesh) or any(rules.is_traced(array) for array in inputs):
+        return inputs
+    specs = _specs(signature, plan, mesh)
+    return Inputs(*(_put(array, spec, mesh) for array, spec in zip(inputs, specs, strict=True)))
+
+
+def _put(array: Any, spec: Any, mesh: Mesh) -> Any:
+    if array is None:
+        return None
+    if jax.process_count() > 1 and getattr(array, "is_fully_addressable", False):
+        array = np.asarray(array)  # every process holds the same values, as it must
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Layout, mesh: Any) -> Inputs:
+    """Where kv heads lie whole on every device, take the one that this device's query heads read."""
+    if signature.num_kv_heads % size_of(mesh, plan.heads) == 0:
+        return inputs
+    head = lax.axis_index(plan.heads) * local.num_q_heads // signature.group
+    pages = lax.dynamic_slice_in_dim(inputs.kv_pages, 2 * head, 2, axis=2)
+
+    def one(scale: Any) -> Any:
+        return None if scale is None else lax.dynamic_slice_in_dim(scale, head, 1)
+
+    return inputs._replace(kv_pages=pages, k_scale=one(inputs.k_scale), v_scale=one(inputs.v_scale))
+
+
+def _attend(inputs: Inputs, share: Signature, plan: Layout, mesh: Any, local: Signature, kernel: Any) -> Any:
+    if size_of(mesh, plan.pages) == 1:
+        return kernel(inputs)
+    return _merged_pages(inputs, share, plan.pages, local, kernel)
+
+
+# ------------------------------------------------------------------ sequences
+
+
+@dataclass(frozen=True)
+class Owned:
+    """One device's sequences: inputs in which the others have no rows, and the rows that are this device's."""
+
+    inputs: Inputs
+    rows: jax.Array  # bool [T], this device's
+    anyone: jax.Array  # bool [T], some device's
+
+
+def _own_sequences(inputs: Inputs, signature: Signature, axes: Axes, shards: int) -> Owned:
+    """Keep a contiguous range of sequences whose cost is about one device's share."""
+    ragged = layout.sanitize(inputs, signature)
+    offsets = clean_offsets(inputs, signature)
+    queries = offsets[1:] - offsets[:-1]
+    # Reading the context is the cost of decode, scoring every row against it that of prefill.
+    cost = jnp.where(queries > 0, ragged.context * (1 + queries / 64) + queries, 0).astype(jnp.float32)
+    before = jnp.cumsum(cost) - cost / 2
+    owner = (before * (shards / jnp.maximum(jnp.sum(cost), 1))).astype(jnp.int32)
+    mine = (jnp.clip(owner, 0, shards - 1) == lax.axis_index(axes)) & (queries > 0)
+    low = jnp.min(jnp.where(mine, offsets[:-1], signature.num_tokens))
+    high = jnp.max(jnp.where(mine, offsets[1:], 0))
+    low = jnp.minimum(low, high)
+    row = jnp.arange(signature.num_tokens)
+    kept = inputs._replace(
+        context_lens=jnp.where(ragged.valid, inputs.context_lens, -1),  # NaN rows stay NaN rows
+        query_start_loc=jnp.clip(offsets, low, high),
+    )
+    return Owned(kept, (row >= low) & (row < high), (row >= offsets[0]) & (row < offsets[-1]))
+
+
+def clean_offsets(inputs: Inputs, signature: Signature) -> jax.Array:
+    """int32 [S + 1], never decreasing, within the rows: sequence s owns `[o[s], o[s + 1])`, dead ones nothing."""
+    live = jnp.arange(signature.max_seqs + 1) <= jnp.clip(inputs.num_seqs[0], 0, signature.max_seqs)
+    offsets = jnp.where(live, inputs.query_start_loc, 0)
+    return jnp.clip(lax.cummax(offsets), 0, signature.num_tokens)
+
+
+def _together(output: Any, lse: Any, owned: Owned, axes: Axes) -> tuple[Any, Any]:
+    """Every row from the device that owns it; adding zeros changes no value."""
+    output = lax.psum(jnp.where(owned.rows[:, None, None], output, 0), axes)
+    if lse is None:
+        return output, None
+    lse = lax.psum(jnp.where(owned.rows[:, None], lse, 0), axes)
+    return output, jnp.where(owned.anyone[:, None], lse, -jnp.inf)
+
+
+# ------------------------------------------------------------------ pages
+
+
+def _merged_pages(
+    inputs: Inputs, share: Signature, axes: Axes, local: Signature, kernel: Any
+) -> tuple[Any, Any]:
+    """Attend to this device's pages, and weigh the devices' answers by their LSE."""
+    ragged = layout.sanitize(inputs, share)
+    rows = _rows_over_local_pages(inputs, ragged, share, axes, local)
+    part, part_lse = kernel(rows)  # f32 [T, Hq, D], [T, Hq]
+    sinks = -jnp.inf if inputs.softmax_aux is None else inputs.softmax_aux
+    top = jnp.maximum(lax.pmax(part_lse, axes), sinks)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    weight = jnp.exp(part_lse - top)
+    total = lax.psum(weight, axes) + jnp.exp(sinks - top)
+    output = lax.psum(weight[..., None] * part, axes) / jnp.where(total > 0, total, 1)[..., None]
+    lse = (top + jnp.log(total)) if share.return_lse else None
+    return layout.finish(output.astype(share.q_dtype), lse, inputs, share, ragged)
+
+
+def _rows_over_local_pages(
+    inputs: Inputs, ragged: layout.Ragged, share: Signature, axes: Axes, local: Signature
+) -> Inputs:
+    """Each query row as a sequence of one query over the pages of this device, in their order."""
+    base = lax.axis_index(axes) * local.num_pages
+    tables = inputs.block_tables
+    here = (tables >= base) & (tables < base + local.num_pages)  # [S, pages_per_seq]
+    order = jnp.argsort(~here, axis=1, stable=True)
+    compact = jnp.clip(jnp.take_along_axis(tables, order, axis=1) - base, 0, local.num_pages - 1)
+    before = jnp.cumsum(here, axis=1) - here  # pages of this device before each logical page
+    offsets = clean_offsets(inputs, share)
+    row = jnp.arange(share.num_tokens)
+    sequence = jnp.clip(jnp.searchsorted(offsets[1:], row, side="right"), 0, share.max_seqs - 1)
+    position = ragged.context[sequence] - ragged.stop[sequence] + row
+    sees = (row >= ragged.start[sequence]) & (row < ragged.stop[sequence]) & (position >= 0)
+    page = jnp.clip(position // share.page_size, 0, share.pages_per_seq - 1)
+    keys = before[sequence, page] * share.page_size
+    keys += jnp.where(here[sequence, page], position % share.page_size + 1, 0)
+    return inputs._replace(
+        queries=inputs.queries.astype(local.q_dtype),
+        context_lens=jnp.where(sees, keys, 0).astype(jnp.int32),
+        block_tables=compact[sequence],
+        query_start_loc=jnp.arange(share.num_tokens + 1, dtype=jnp.int32),
+        num_seqs=jnp.full(1, share.num_tokens, jnp.int32),
+        softmax_aux=None,
+    )
