@@ -25,7 +25,7 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
     if device.interpreted:
         pages = max(1, min(pages, plan.power_of_two_below(16 // signature.page_size)))
     return RaggedPageAttentionv2Config(
-        num_kv_pages_per_block=pages, num_queries_per_block=16 if device.interpreted else 32, num_stages=3, platform="pallas", backend="tpu"
+        num_kv_pages_per_block=pages, num_queries_per_block=16 if device.interpreted else 32, num_stages=3, platform="pallas", backend="tpu", options=(("pair_heads", 1 if signature.num_kv_heads % 2 else 2),)
     )
 
 

@@ -42,7 +42,7 @@ def _call(inputs: Inputs, signature: Signature, plan: Plan, work: tiles.Tiles, t
     if plan.lse:
         count = work.row.shape[0]
         shapes.append(jax.ShapeDtypeStruct((count, plan.heads, 1, plan.packed_rows), jnp.float32))
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     smem, vmem = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)
     results = pl.pallas_call(
         lambda *refs: kernel.body(_name_refs(refs, plan), plan),
@@ -50,8 +50,8 @@ def _call(inputs: Inputs, signature: Signature, plan: Plan, work: tiles.Tiles, t
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(work),
             grid=(plan.cores,),
-            in_specs=[smem, vmem, vmem, anywhere, anywhere, anywhere],
-            out_specs=[anywhere] * len(shapes),
+            in_specs=[smem, vmem, vmem, hbm, hbm, hbm],
+            out_specs=[hbm] * len(shapes),
             scratch_shapes=_scratch(plan, pages.dtype),
         ),
         out_shape=shapes,
@@ -74,13 +74,13 @@ def _scratch(plan: Plan, stored: Any) -> list[Any]:
     rows = plan.heads * plan.decode_rows
     scratch = [
         pltpu.SMEM((8,), jnp.int32),
-        pltpu.SMEM((TABLE_LEAD, 1, plan.table_entries), jnp.int32),
+        pltpu.SMEM((TABLE_LEAD * plan.table_entries,), jnp.int32),
         pltpu.VMEM((plan.buffers, plan.block_pages, plan.page, 2 * plan.heads, plan.head_dim), stored),
         pltpu.VMEM((plan.lane_tiles, plan.keys * plan.word_pitch, 128), words),
         pltpu.VMEM(tile, kind),
         pltpu.VMEM(tile, kind),
         pltpu.VMEM((plan.lane_tiles, plan.stage_rows, 128), f32),
-        pltpu.VMEM((plan.heads, plan.packed_rows, plan.dim), operand),
+        pltpu.VMEM((plan.heads // plan.pair, plan.pair * plan.packed_rows, plan.pair * plan.dim), operand),
         pltpu.VMEM(packed, f32),
         pltpu.VMEM(packed, f32),
         pltpu.VMEM((plan.heads, plan.dim, plan.packed_rows), f32),

@@ -25,13 +25,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.backends.pallas_tpu.plan import LANES, TABLE_LEAD, Plan
+from rpa.backends.pallas_tpu.plan import LANES, TABLE_ENTRIES, TABLE_LEAD, Plan, power_of_two_below
 from rpa.backends.pallas_tpu.tiles import Tiles
 
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
 # Where running maxima start: finite, so that -inf - m is -inf and never NaN; below every finite logit that matters.
 FLOOR = -2.0e38
+# A block of up to this many pages asks for them in straight-line code when all are visible.
+UNROLLED_PAGES = 32
+CLEARED_TOKENS = 16
 # Fields of the cursor scratch in SMEM.
 TABLE_TILE, TABLE_BLOCK, TABLE_SLOT, PAGE_TILE, PAGE_BLOCK, PAGE_TABLE_SLOT, PAGE_SLOT, SLOT = range(8)
 
@@ -49,13 +52,13 @@ class Refs(NamedTuple):
     out: jax.Ref  # HBM [T, q_heads, head_dim]
     lse: jax.Ref | None  # HBM f32 [N, heads, 1, packed_rows]
     cursor: jax.Ref  # SMEM int32 [8]
-    table: jax.Ref  # SMEM int32 [TABLE_LEAD, 1, table_entries]
+    table: jax.Ref  # SMEM int32 [TABLE_LEAD * table_entries]
     raw: jax.Ref  # VMEM [buffers, block_pages, page, 2 * heads, head_dim]
     words: jax.Ref  # VMEM u32 or f32 [lane_tiles, keys * word_pitch, 128]
     q_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
     out_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
     stage: jax.Ref  # VMEM f32 [lane_tiles, stage_rows, 128], row i's heads at i * head_pitch
-    operand: jax.Ref  # VMEM [heads, packed_rows, dim], lane j * block_q + i is head j of row i
+    operand: jax.Ref  # VMEM [heads / pair, pair * packed_rows, pair * dim], row j * block_q + i: head j of row i
     m: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
     l: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
     acc: jax.Ref  # VMEM f32 [heads, dim, packed_rows]
@@ -96,6 +99,7 @@ def body(refs: Refs, plan: Plan) -> None:
     mine = lax.div(count - core + plan.cores - 1, plan.cores)
     _fetch_queries(refs, plan, core, 0)
     lax.fori_loop(0, mine, step, 0)
+    _drain_tables(refs, plan)
     for back in (2, 1):
 
         @pl.when(mine >= back)
@@ -105,11 +109,18 @@ def body(refs: Refs, plan: Plan) -> None:
 
 
 def _clear_padding(refs: Refs, plan: Plan) -> None:
-    """Zero the lanes past the head size, which no later store writes and every dot product reads."""
-    if plan.head_dim == plan.dim:
-        return
-    for ref in (refs.words, refs.stage):
-        ref[plan.lane_tiles - 1] = jnp.zeros(ref.shape[1:], ref.dtype)
+    """Zero the lanes past the head size and the rows past a block's tokens: read by every dot, never written."""
+    if plan.head_dim != plan.dim:
+        refs.stage[plan.lane_tiles - 1] = jnp.zeros(refs.stage.shape[1:], refs.stage.dtype)
+    if plan.head_dim != plan.dim or plan.keys != plan.tokens:
+        refs.words[...] = jnp.zeros_like(refs.words)
+    refs.operand[...] = jnp.zeros_like(refs.operand)
+
+
+def _lane_tiles(plan: Plan) -> list[tuple[int, int, int]]:
+    """(index, first column, columns) of each tile of lanes; columns past the head size stay zero."""
+    starts = range(0, plan.head_dim, LANES)
+    return [(lane, start, min(LANES, plan.head_dim - start)) for lane, start in enumerate(starts)]
 
 
 # ------------------------------------------------ transfers
@@ -135,6 +146,16 @@ def _start_cursors(refs: Refs, plan: Plan, core) -> None:
     lax.fori_loop(0, plan.buffers - 1, fill, 0)
 
 
+def _drain_tables(refs: Refs, plan: Plan) -> None:
+    """Wait for the table transfers that ran past the last tile."""
+
+    def wait(_, slot):
+        _table_copy(refs, plan, 0, slot).wait()
+        return jnp.where(slot + 1 == TABLE_LEAD, 0, slot + 1)
+
+    lax.fori_loop(0, TABLE_LEAD, wait, refs.cursor[PAGE_TABLE_SLOT])
+
+
 def _advance(refs: Refs, plan: Plan, tile_field: int, block_field: int, tile, block) -> None:
     """Move a cursor to the next block of its tile, or to the first of the next tile."""
     more = block + 1 < refs.tiles.block_end[tile]
@@ -149,20 +170,19 @@ def _next_slot(refs: Refs, field: int, slots: int) -> None:
 
 
 def _table_copy(refs: Refs, plan: Plan, source, slot):
-    return pltpu.make_async_copy(refs.tables.at[source], refs.table.at[slot], refs.table_sem.at[slot])
+    # The ring is one-dimensional because SMEM then indexes without arithmetic on tiles.
+    place = pl.ds(pl.multiple_of(slot * plan.table_entries, TABLE_ENTRIES), plan.table_entries)
+    return pltpu.make_async_copy(refs.tables.at[source, 0], refs.table.at[place], refs.table_sem.at[slot])
 
 
 def _fetch_table(refs: Refs, plan: Plan) -> None:
-    """Ask for the page ids of the first cursor's block."""
+    """Ask for the page ids of the first cursor's block; past the last tile it asks for ids that nobody uses."""
     tile, block = refs.cursor[TABLE_TILE], refs.cursor[TABLE_BLOCK]
-
-    @pl.when(tile < refs.tiles.count[0])
-    def _():
-        part = lax.div(block, plan.table_entries // plan.block_pages)
-        slot = refs.cursor[TABLE_SLOT]
-        _table_copy(refs, plan, refs.tiles.seq[tile] * plan.slices + part, slot).start()
-        _advance(refs, plan, TABLE_TILE, TABLE_BLOCK, tile, block)
-        _next_slot(refs, TABLE_SLOT, TABLE_LEAD)
+    part = jnp.minimum(block >> _log2(plan.table_entries // plan.block_pages), plan.slices - 1)
+    slot = refs.cursor[TABLE_SLOT]
+    _table_copy(refs, plan, refs.tiles.seq[tile] * plan.slices + part, slot).start()
+    _advance(refs, plan, TABLE_TILE, TABLE_BLOCK, tile, block)
+    _next_slot(refs, TABLE_SLOT, TABLE_LEAD)
 
 
 def _page_range(refs: Refs, plan: Plan, tile, block):
@@ -176,25 +196,33 @@ def _page_range(refs: Refs, plan: Plan, tile, block):
 def _fetch_pages(refs: Refs, plan: Plan) -> None:
     """Ask for the pages of the second cursor's block, one transfer a page, all on the slot's semaphore."""
     tile, block = refs.cursor[PAGE_TILE], refs.cursor[PAGE_BLOCK]
+    table_slot, slot = refs.cursor[PAGE_TABLE_SLOT], refs.cursor[PAGE_SLOT]
+    _table_copy(refs, plan, 0, table_slot).wait()
+    first, end = _page_range(refs, plan, tile, block)
+    within = block & (plan.table_entries // plan.block_pages - 1)
+    offset = table_slot * plan.table_entries + within * plan.block_pages
 
-    @pl.when(tile < refs.tiles.count[0])
-    def _():
-        table_slot, slot = refs.cursor[PAGE_TABLE_SLOT], refs.cursor[PAGE_SLOT]
-        _table_copy(refs, plan, 0, table_slot).wait()
-        first, end = _page_range(refs, plan, tile, block)
-        offset = lax.rem(block, plan.table_entries // plan.block_pages) * plan.block_pages
+    def start(page, carry):
+        source = refs.table[offset + page]
+        pltpu.make_async_copy(refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot]).start()
+        return carry
 
-        def start(page, carry):
-            source = refs.table[table_slot, 0, offset + page]
-            pltpu.make_async_copy(
-                refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot]
-            ).start()
-            return carry
+    if plan.block_pages <= UNROLLED_PAGES:
+        whole = end - first == plan.block_pages
 
+        @pl.when(whole)
+        def _():
+            for page in range(plan.block_pages):
+                start(page, 0)
+
+        @pl.when(~whole)
+        def _():
+            lax.fori_loop(first, end, start, 0)
+    else:
         lax.fori_loop(first, end, start, 0)
-        _advance(refs, plan, PAGE_TILE, PAGE_BLOCK, tile, block)
-        _next_slot(refs, PAGE_TABLE_SLOT, TABLE_LEAD)
-        _next_slot(refs, PAGE_SLOT, plan.buffers)
+    _advance(refs, plan, PAGE_TILE, PAGE_BLOCK, tile, block)
+    _next_slot(refs, PAGE_TABLE_SLOT, TABLE_LEAD)
+    _next_slot(refs, PAGE_SLOT, plan.buffers)
 
 
 def _wait_pages(refs: Refs, plan: Plan, tile, block, slot) -> None:
@@ -206,6 +234,10 @@ def _wait_pages(refs: Refs, plan: Plan, tile, block, slot) -> None:
         def _(pages=pages):
             part = refs.raw.at[slot, pl.ds(0, pages)]
             pltpu.make_async_copy(part, part, refs.page_sem.at[slot]).wait()
+
+
+def _log2(power: int) -> int:
+    return power.bit_length() - 1
 
 
 def _powers(most: int) -> list[int]:
@@ -277,6 +309,9 @@ def _lse_copy(refs: Refs, tile, slot):
 
 def _each_block(refs: Refs, plan: Plan, tile, fold) -> None:
     """Keep the transfers going, wait for each block of a tile, unpack it and `fold(base)` it."""
+    position = refs.tiles.position[tile]
+    end = position + refs.tiles.rows[tile]  # one past the last key any row sees
+    first = 0 if plan.window is None else jnp.maximum(position - plan.window + 1, 0)
 
     def step(block, carry):
         _fetch_pages(refs, plan)
@@ -284,11 +319,42 @@ def _each_block(refs: Refs, plan: Plan, tile, fold) -> None:
         slot = refs.cursor[SLOT]
         _wait_pages(refs, plan, tile, block, slot)
         _next_slot(refs, SLOT, plan.buffers)
+        base = block * plan.tokens
+        _clear_dead(refs, plan, slot, first - base, end - base)
         _unpack(refs, plan, slot)
-        fold(block * plan.tokens)
+        fold(base)
         return carry
 
     lax.fori_loop(refs.tiles.block[tile], refs.tiles.block_end[tile], step, 0)
+
+
+def _clear_dead(refs: Refs, plan: Plan, slot, first, end) -> None:
+    """Zero the tokens of a block outside first..end-1, which may hold anything: 0 * NaN is NaN.
+
+    Only a tile's first and last blocks have any. Works on pieces of some 16 tokens that are not wholly visible.
+    """
+    if plan.page > CLEARED_TOKENS:
+        size = next(n for n in range(CLEARED_TOKENS, 0, -1) if plan.page % n == 0)
+        pages, each = 1, plan.page // size
+    else:
+        pages = min(power_of_two_below(CLEARED_TOKENS // plan.page), plan.block_pages)
+        size, each = plan.page, 1
+    stride = pages * size  # tokens a piece
+
+    def clear(index, carry):
+        page, start = (index * pages, 0) if each == 1 else (lax.div(index, each), lax.rem(index, each) * size)
+        at = (slot, pl.ds(page, pages), pl.ds(start, size))
+        stored = refs.raw[at]
+        token = index * stride + lax.broadcasted_iota(jnp.int32, stored.shape, 0) * size
+        token += lax.broadcasted_iota(jnp.int32, stored.shape, 1)
+        refs.raw[at] = jnp.where((token >= first) & (token < end), stored, jnp.zeros_like(stored))
+        return carry
+
+    pieces = plan.tokens // stride
+    if plan.window is not None:
+        # A range that starts past the block's end leaves nothing visible.
+        lax.fori_loop(0, jnp.minimum(lax.div(jnp.maximum(first, 0) + stride - 1, stride), pieces), clear, 0)
+    lax.fori_loop(lax.div(jnp.clip(end, 0, plan.tokens), stride), pieces, clear, 0)
 
 
 def _unpack(refs: Refs, plan: Plan, slot) -> None:
@@ -300,9 +366,7 @@ def _unpack(refs: Refs, plan: Plan, slot) -> None:
         stored = refs.raw[slot, pl.ds(index * pages, pages)]
         value = _as_words(stored.reshape(tokens, 2 * plan.heads, plan.head_dim), plan)
         base = index * (tokens * pitch)
-        for lane in range(plan.lane_tiles):
-            start = lane * LANES
-            width = min(LANES, plan.head_dim - start)
+        for lane, start, width in _lane_tiles(plan):
             for token in range(tokens):
                 refs.words[lane, pl.ds(base + token * pitch, rows), :width] = value[token, :, start : start + width]
         return carry
@@ -322,27 +386,22 @@ def _as_words(stored, plan: Plan):
     return pltpu.bitcast(stored, jnp.uint32)
 
 
-def _load_kv(refs: Refs, plan: Plan, head: int, live):
-    """Keys and values of one head, [keys, dim] dot operands; values of tokens that no row may see become 0.
-
-    Args:
-        live: bool [keys, 1].
-    """
+def _load_kv(refs: Refs, plan: Plan, head: int):
+    """Keys and values of one head, [keys, dim] dot operands."""
     if not plan.paired:
-        return _load_rows(refs, plan, 2 * head), jnp.where(live, _load_rows(refs, plan, 2 * head + 1), 0.0)
+        return _load_rows(refs, plan, 2 * head), _load_rows(refs, plan, 2 * head + 1)
     words = _load_rows(refs, plan, head)
-    low, high = words, jnp.where(live, words, jnp.uint32(0))
     if plan.kv_dtype == "float16":
         kind = jnp.float32 if plan.f32_dots else jnp.bfloat16
-        return _half(low & 0xFFFF).astype(kind), _half(high >> 16).astype(kind)
+        return _half(words & 0xFFFF).astype(kind), _half(words >> 16).astype(kind)
     if plan.f32_dots:
         return (
-            lax.bitcast_convert_type(low << 16, jnp.float32),
-            lax.bitcast_convert_type(high & jnp.uint32(0xFFFF0000), jnp.float32),
+            lax.bitcast_convert_type(words << 16, jnp.float32),
+            lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32),
         )
     return (
-        lax.bitcast_convert_type(low.astype(jnp.uint16), jnp.bfloat16),
-        lax.bitcast_convert_type((high >> 16).astype(jnp.uint16), jnp.bfloat16),
+        lax.bitcast_convert_type(words.astype(jnp.uint16), jnp.bfloat16),
+        lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16),
     )
 
 
@@ -394,16 +453,6 @@ def _visible(plan: Plan, token, base, position):
     return seen if plan.window is None else seen & (token >= position + 1 - plan.window - base)
 
 
-def _live_tokens(plan: Plan, base, first, last):
-    """bool [keys, 1]: tokens that a row at a position in first..last sees; the others may hold anything."""
-    token = lax.broadcasted_iota(jnp.int32, (plan.keys, 1), 0)
-    limit = last + 1 - base
-    if plan.keys != plan.tokens:
-        limit = jnp.minimum(limit, plan.tokens)
-    live = token < limit
-    return live if plan.window is None else live & (token >= first + 1 - plan.window - base)
-
-
 def _weights(p, plan: Plan):
     return p if plan.f32_dots else p.astype(jnp.bfloat16)
 
@@ -443,13 +492,12 @@ def _decode_block(refs: Refs, plan: Plan, base, position) -> None:
     """Fold one block: heads in chunks of four, whose scores are one array and whose dots overlap."""
     token = lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
     seen = _visible(plan, token, base, position)
-    live = _live_tokens(plan, base, position, position)
     chunk, rows = 4, plan.decode_rows
     for first in range(0, plan.heads, chunk):
         heads = range(first, min(first + chunk, plan.heads))
         scores, values = [], []
         for head in heads:
-            keys, value = _load_kv(refs, plan, head, live)
+            keys, value = _load_kv(refs, plan, head)
             logits = _logits(refs, plan, _dot(_decode_queries(refs, plan, head), keys, (1, 1), plan), head)
             scores.append(jnp.where(seen, logits, -jnp.inf))
             values.append(value)
@@ -484,8 +532,8 @@ def _decode_end(refs: Refs, plan: Plan, slot) -> None:
         rows = out[head * plan.decode_rows : (head + 1) * plan.decode_rows]
         if plan.v_scaled:
             rows = rows * refs.scales[1, head]
-        for lane in range(plan.lane_tiles):
-            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows)] = rows[:, lane * LANES : (lane + 1) * LANES]
+        for lane, start, width in _lane_tiles(plan):
+            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows), :width] = rows[:, start : start + width]
     _unstage_row(refs, plan, slot, 0)
     if plan.lse:
         row = lax.broadcasted_iota(jnp.int32, (plan.decode_rows, plan.packed_rows), 0)
@@ -505,8 +553,7 @@ def _mixed_tile(refs: Refs, plan: Plan, tile, slot) -> None:
     refs.acc[...] = jnp.zeros_like(refs.acc)
     _pack_queries(refs, plan, slot)
     position = refs.tiles.position[tile]
-    rows = refs.tiles.rows[tile]
-    _each_block(refs, plan, tile, lambda base: _mixed_block(refs, plan, base, position, rows))
+    _each_block(refs, plan, tile, lambda base: _mixed_block(refs, plan, base, position))
     _mixed_end(refs, plan, slot)
 
 
@@ -524,27 +571,34 @@ def _pack_queries(refs: Refs, plan: Plan, slot) -> None:
             for lane in range(plan.lane_tiles):
                 q = refs.stage[lane, pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)]
                 refs.operand[
-                    head, pl.ds(member * plan.block_q, plan.block_q), pl.ds(lane * LANES, LANES)
+                    head // plan.pair,
+                    pl.ds(head % plan.pair * plan.packed_rows + member * plan.block_q, plan.block_q),
+                    pl.ds(head % plan.pair * plan.dim + lane * LANES, LANES),
                 ] = q.astype(kind)
 
 
-def _mixed_block(refs: Refs, plan: Plan, base, position, rows) -> None:
-    """Fold one block; the dots of two heads are in flight while a third head's weights are made."""
+def _mixed_block(refs: Refs, plan: Plan, base, position) -> None:
+    """Fold one block; the scores of the next heads are on their way while a head's weights are made."""
     lane = lax.broadcasted_iota(jnp.int32, (1, plan.packed_rows), 1)
     at = position + lax.rem(lane, plan.block_q)
     token = lax.broadcasted_iota(jnp.int32, (plan.keys, plan.packed_rows), 0)
     seen = _visible(plan, token, base, at)
-    live = _live_tokens(plan, base, position, position + rows - 1)
-    ahead = []
-    for head in range(plan.heads + 2):
-        if head < plan.heads:
-            keys, values = _load_kv(refs, plan, head, live)
-            ahead.append((_dot(keys, refs.operand[head], (1, 1), plan), values))
-        if head >= 2:
-            _mixed_fold(refs, plan, head - 2, seen, *ahead[head - 2])
+    waiting: list[tuple[int, jax.Array, jax.Array]] = []
+    for first in range(0, plan.heads, plan.pair):
+        heads = range(first, first + plan.pair)
+        keys, values = zip(*(_load_kv(refs, plan, head) for head in heads), strict=True)
+        joined = keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=1)
+        scores = _dot(joined, refs.operand[first // plan.pair], (1, 1), plan)  # [keys, pair * packed_rows]
+        for index, head in enumerate(heads):
+            part = scores[:, index * plan.packed_rows : (index + 1) * plan.packed_rows]
+            waiting.append((head, part, values[index]))
+        while len(waiting) > 2:
+            _mixed_fold(refs, plan, seen, *waiting.pop(0))
+    for item in waiting:
+        _mixed_fold(refs, plan, seen, *item)
 
 
-def _mixed_fold(refs: Refs, plan: Plan, head: int, seen, scores, values) -> None:
+def _mixed_fold(refs: Refs, plan: Plan, seen, head: int, scores, values) -> None:
     """One step of the online softmax for one kv head; scores [keys, packed_rows]."""
     s = jnp.where(seen, _logits(refs, plan, scores, head), -jnp.inf)
     old = refs.m[head]
@@ -565,10 +619,9 @@ def _mixed_end(refs: Refs, plan: Plan, slot) -> None:
         out = jnp.transpose(refs.acc[head] * factor)  # [packed_rows, dim]
         for member in range(plan.group):
             rows = out[member * plan.block_q : (member + 1) * plan.block_q]
-            for lane in range(plan.lane_tiles):
-                refs.stage[lane, pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)] = rows[
-                    :, lane * LANES : (lane + 1) * LANES
-                ]
+            at = pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)
+            for lane, start, width in _lane_tiles(plan):
+                refs.stage[lane, at, :width] = rows[:, start : start + width]
         if plan.lse:
             refs.lse_tile[slot, head] = lse
 
@@ -585,16 +638,12 @@ def _mixed_end(refs: Refs, plan: Plan, slot) -> None:
 def _stage_row(refs: Refs, plan: Plan, slot, row) -> None:
     """Copy one query row's heads to the staging buffer, in f32."""
     q = refs.q_tile[slot, row].astype(jnp.float32)
-    for lane in range(plan.lane_tiles):
-        start = lane * LANES
-        width = min(LANES, plan.head_dim - start)
+    for lane, start, width in _lane_tiles(plan):
         refs.stage[lane, pl.ds(row * plan.head_pitch, plan.q_heads), :width] = q[:, start : start + width]
 
 
 def _unstage_row(refs: Refs, plan: Plan, slot, row) -> None:
     """Copy one output row's heads from the staging buffer, rounding once."""
-    for lane in range(plan.lane_tiles):
-        start = lane * LANES
-        width = min(LANES, plan.head_dim - start)
+    for lane, start, width in _lane_tiles(plan):
         rows = refs.stage[lane, pl.ds(row * plan.head_pitch, plan.q_heads)]
         refs.out_tile[slot, row, :, pl.ds(start, width)] = rows[:, :width].astype(refs.out_tile.dtype)

@@ -53,6 +53,7 @@ class Plan:
     block_pages: int  # pages a block, a power of two
     buffers: int  # KV blocks in VMEM: one computed on, the others on their way
     unpack_tokens: int  # tokens unpacked by one straight-line piece of code
+    pair: int  # kv heads scored by one dot with a block-diagonal operand, to fill a 256-wide matrix unit
     cores: int  # TensorCores that share the tiles
     slices: int  # table transfers a sequence's row is cut into
 
@@ -126,7 +127,7 @@ class Plan:
         words = self.keys * self.word_pitch * self.dim * 4
         stage = self.stage_rows * self.dim * 4
         tiles = 4 * self.block_q * round_up(self.q_heads, 16) * self.dim * ITEMSIZE[self.q_dtype]
-        operand = self.heads * self.packed_rows * self.dim * (4 if self.f32_dots else 2)
+        operand = self.heads * self.pair * self.packed_rows * self.dim * (4 if self.f32_dots else 2)
         accumulators = self.heads * self.packed_rows * (self.dim + 2 * SUBLANES) * 4
         decode = self.heads * self.decode_rows * (self.dim + 2 * LANES) * 4
         small = 4 * self.heads * (SUBLANES * self.packed_rows + self.decode_rows * LANES)
@@ -159,6 +160,9 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         )
     if buffers < 2:
         raise ValueError(f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills")
+    pair = config.option("pair_heads", 1)
+    if signature.num_kv_heads % pair:
+        raise ValueError(f"option pair_heads={pair}: it must divide the {signature.num_kv_heads} kv heads")
     half = signature.compute_dtype == "bfloat16"
     return Plan(
         q_heads=signature.num_q_heads,
@@ -179,6 +183,7 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         block_pages=pages,
         buffers=buffers,
         unpack_tokens=config.option("unpack_tokens", pages * signature.page_size),
+        pair=pair,
         cores=cores,
         slices=-(-signature.pages_per_seq // table_entries(pages)),
     )

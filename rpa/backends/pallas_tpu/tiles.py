@@ -38,7 +38,7 @@ def capacity(signature: Signature, plan: Plan) -> int:
 
 def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
     """The work list of a call, in the order of the sequences."""
-    size = capacity(signature, plan) + plan.cores  # the last ones are never live: cursors may look at them
+    size = capacity(signature, plan) + plan.cores  # the last ones are never live
     length = ragged.stop - ragged.start  # [S]
     ends = jnp.cumsum(-(-length // plan.block_q))  # [S], tiles up to and with a sequence
     index = jnp.arange(size, dtype=jnp.int32)
@@ -69,7 +69,7 @@ def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
         rows=keep(rows),
         position=keep(position),
         block=keep(block),
-        block_end=keep(block_end, 1),
+        block_end=keep(block_end, 2**30),  # cursors that pass the last tile stay in the next, which has no pages
         page=keep(page),
         page_end=keep(page_end),
     )
