@@ -24,7 +24,7 @@ class Cell:
     queries: tuple[int, ...]
     contexts: tuple[int, ...]
     page_size: int
-    family: str = ""  # growth curves join the cells of one family
+    families: tuple[str, ...] = ()  # growth curves join the cells of one family
 
     @property
     def name(self) -> str:
@@ -66,10 +66,10 @@ def _cell(kind: str, model: str, layer: str, label: str, queries, contexts, page
     return Cell(kind, preset, chosen, label, tuple(queries), tuple(contexts), page, **more)
 
 
-def decode(model: str, layer: str, batch: int, context: int, page: int = 16, family: str = "") -> Cell:
+def decode(model: str, layer: str, batch: int, context: int, page: int = 16, families: tuple[str, ...] = ()) -> Cell:
     """`batch` sequences of one query row each on `context` keys."""
     label = f"b{batch}x{_short(context)}"
-    return _cell("decode", model, layer, label, (1,) * batch, (context,) * batch, page, family=family)
+    return _cell("decode", model, layer, label, (1,) * batch, (context,) * batch, page, families=families)
 
 
 def prefill(model: str, layer: str, batch: int, rows: int, on: int = 0, page: int = 16) -> Cell:
@@ -139,13 +139,16 @@ def gpu_cells() -> list[Cell]:
 
 def growth(model: str, layer: str, contexts, batches, pages, context: int, batch: int) -> list[Cell]:
     """Three curves around one point: the cost must follow live tokens, and hardly the page size."""
-    return [
-        *(decode(model, layer, batch, n, family="context") for n in contexts),
-        *(decode(model, layer, b, context, family="batch") for b in batches),
-        *(decode(model, layer, batch, context, page, family="page size") for page in pages),
-    ]
+    points = [("context", batch, n, 16) for n in contexts] + [("batch", b, context, 16) for b in batches]
+    points += [("page size", batch, context, page) for page in pages]
+    families: dict[tuple[int, int, int], tuple[str, ...]] = {}
+    for family, *point in points:
+        families[tuple(point)] = (*families.get(tuple(point), ()), family)
+    return [decode(model, layer, *point, families=names) for point, names in families.items()]
 
 
 def cells_for(platform: str) -> list[Cell]:
     """The shape list of a device: `cpu`, `gpu` or `tpu`."""
-    return cpu_cells() if platform == "cpu" else gpu_cells()
+    cells = cpu_cells() if platform == "cpu" else gpu_cells()
+    # A point of a growth curve may be a cell of its own as well; the later one knows its curves.
+    return list({cell.name: cell for cell in cells}.values())

@@ -63,10 +63,10 @@ def kernels(
 
 def _traced(function: Callable[..., Any], args: tuple, ready: Callable[[Any], Any]) -> float:
     """Seconds of all kernels that one call launches, whoever launches them; CUPTI knows JAX's and PyTorch's alike."""
-    from jax.experimental.mosaic.gpu import profiler
+    from jax._src.lib import mosaic_gpu
 
-    # The module that carries CUPTI has no public name; `profiler.measure` uses it, but for jitted functions only.
-    extension: Any = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    # The module that carries CUPTI has no public name; Mosaic's profiler uses it, but for jitted functions only.
+    extension: Any = mosaic_gpu._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
     extension._cupti_init()
     try:
         ready(function(*args))

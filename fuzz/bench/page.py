@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import matplotlib.lines
 import numpy as np
 
 from fuzz.bench.record import Comparison, Record
@@ -23,14 +24,14 @@ def render(record: Record, comparison: Comparison | None, history: list[Record])
     """The page as text: inline SVG and CSS, nothing fetched from anywhere."""
     peers = [r for r in record.passed if r.backend.startswith("peer:")]
     plots = [
-        ("Roofline", "Each mark is one verified cell: how much arithmetic a byte of traffic feeds, and what was reached. "
-         "The line is this machine's measured ceiling.", _roofline(record)),
+        ("Roofline", "Each mark is one verified cell: how much arithmetic a byte of traffic feeds, and what was "
+         "reached. The line is this machine's measured ceiling.", _roofline(record)),
         ("Against the peers", "Time of ours over the best peer's in the same run; left of the line is faster.",
          _ratios(record)) if peers else None,
         ("Growth", "Time against what grows, log-log. The dotted line is proportional growth through the first point; "
-         "page size should be flat.", _growth(record)),
+         "page size should be flat.", _growth(record)) if any(r.tags.get("families") for r in record.passed) else None,
         ("Fraction of the ceiling", "Floor (bytes over read stream, or operations over matrix peak) over time.",
-         _fractions(record)),
+         _fractions(record)) if any(not r.tags.get("families") for r in record.passed) else None,
         ("History", "The same cells in earlier records, as a ratio to the first.", _history([*history, record]))
         if history else None,
     ]  # fmt: skip
@@ -45,7 +46,8 @@ def render(record: Record, comparison: Comparison | None, history: list[Record])
 
 def _svg(draw: Callable, width: float = 8.4, height: float = 4.2, **subplots) -> str:
     """What `draw(axes)` paints, as an inline SVG that scales with the page."""
-    style: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "axes.edgecolor": MUTED,
+    style: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none",
+             "axes.edgecolor": MUTED,
              "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True,
              "grid.color": GRID, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
              "svg.hashsalt": "rpa"}  # fmt: skip
@@ -128,8 +130,8 @@ def _growth(record: Record) -> str:
     families = ("context", "batch", "page size")
     curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
     for r in record.passed:
-        if r.tags.get("family") in families:
-            curves[r.tags["family"], r.backend].append((r.tags[r.tags["family"]], r.time))
+        for family in r.tags.get("families", ()):
+            curves[family, r.backend].append((r.tags[family], r.time))
     colours = _colours(record)
 
     def draw(all_axes) -> None:
@@ -145,14 +147,15 @@ def _growth(record: Record) -> str:
             axes.xaxis.set_major_formatter("{x:.0f}")
             axes.minorticks_off()
         all_axes[0].set_ylabel("milliseconds")
-        all_axes[0].legend(frameon=False, fontsize=8)
+        handles = [matplotlib.lines.Line2D([], [], color=c, label=name) for name, c in colours.items()]
+        all_axes[0].legend(handles=handles, frameon=False, fontsize=8)
 
     return _svg(draw, height=3.2, ncols=3)
 
 
 def _fractions(record: Record) -> str:
     colours = _colours(record)
-    cells = list(dict.fromkeys(r.cell for r in record.passed if not r.tags.get("family")))
+    cells = list(dict.fromkeys(r.cell for r in record.passed if not r.tags.get("families")))
 
     def draw(axes) -> None:
         names = list(colours)

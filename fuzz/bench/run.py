@@ -103,7 +103,7 @@ def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -
 
 
 def _tags(cell: Cell) -> dict[str, Any]:
-    return {"kind": cell.kind, "model": f"{cell.model.name}.{cell.layer.name}", "family": cell.family,
+    return {"kind": cell.kind, "model": f"{cell.model.name}.{cell.layer.name}", "families": list(cell.families),
             "page size": cell.page_size, "batch": len(cell.queries), "context": max(cell.contexts),
             "dtype": cell.layer.dtype, "compute_dtype": cell.layer.compute_dtype}  # fmt: skip
 

@@ -100,18 +100,20 @@ def _finish(console: Console, made: Record, earlier: Record | None, past: list[R
 def _table(made: Record) -> Table:
     limits = made.ceilings
     title = f"{limits.device}: read {limits.read / 1e9:.1f} GB/s, bf16 {limits.burst['bfloat16'] / 1e12:.3g} TFLOP/s"
-    table = Table("cell", "backend", "time", "of ceiling", "GB/s", "GFLOP/s", "error / bound", "temporaries", "host",
-                  title=title)  # fmt: skip
+    table = Table("cell", "backend", "time", "noise", "of ceiling", "error / bound", title=title)
+    table.columns[0].overflow = "fold"
     for r in made.results:
         if r.seconds is None:
             table.add_row(r.cell, r.backend, f"[red]{r.status}[/]: {r.reason.splitlines()[0][:60] if r.reason else ''}")
             continue
         table.add_row(
-            r.cell, r.backend, f"{duration(r.seconds)} ±{100 * (r.spread or 0):.0f} %",
+            r.cell,
+            r.backend,
+            duration(r.time),
+            f"{100 * (r.spread or 0):.0f} %",
             f"{100 * (r.fraction or 0):.0f} %",
-            f"{r.bytes / r.seconds / 1e9:.1f}", f"{r.flops / r.seconds / 1e9:.0f}", f"{r.ratio:.2f}",
-            "" if r.temp_bytes is None else f"{r.temp_bytes / 2**20:.1f} MiB", duration(r.host_seconds or 0),
-        )  # fmt: skip
+            f"{r.ratio:.2f}",
+        )
     return table
 
 

@@ -1,0 +1,180 @@
+"""The benchmarks' own promises: a wrong kernel has no number, a slowdown past the noise is told, a page is a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+
+from fuzz.bench import arrays, ceilings, cells, page, record, run, session
+from fuzz.bench.clock import Timing
+from oracle import Case, attend, judge
+
+CEILINGS = ceilings.Ceilings("test", 0, 1e9, {"float32": 1e9, "bfloat16": 1e9}, {})
+CELL = cells.decode("tiny", "full", 2, 40, page=8)
+
+
+def oracle_kernel(wrong: float = 0.0, pause: float = 0.0):
+    """A contender that answers by the oracle, `wrong` too large, `pause` seconds late."""
+
+    def prepare(batch):
+        case = Case(*[None if a is None else np.asarray(a) for a in batch.arguments()], **batch.options)
+
+        def call(*_):
+            time.sleep(pause)
+            return attend(case)[0].astype(np.float32) + np.float32(wrong)
+
+        return call, [()]
+
+    return run.Contender("model", prepare, lambda batch: None, lambda batch: None)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return arrays.make(CELL, cache_bytes=0)
+
+
+def test_right_kernel_has_a_number(batch):
+    result = run.one(batch, oracle_kernel(), CEILINGS, "cpu")
+    assert result.status == "pass", result.reason
+    assert result.time > 0
+    assert result.fraction == result.floor / result.time
+
+
+def test_wrong_kernel_has_no_number(batch):
+    result = run.one(batch, oracle_kernel(wrong=1e-3), CEILINGS, "cpu")
+    assert (result.status, result.seconds, result.samples) == ("fail", None, 0)
+    assert "row" in result.reason
+
+
+def test_crashing_kernel_is_a_line_of_the_record(batch):
+    def prepare(batch):
+        raise RuntimeError("out of memory")
+
+    result = run.one(batch, dataclasses.replace(oracle_kernel(), prepare=prepare), CEILINGS, "cpu")
+    assert (result.status, result.seconds) == ("error", None)
+    assert "out of memory" in result.reason
+
+
+def test_sampled_rows_are_the_batch_rows():
+    """The small cases that judge a big batch have the big batch's answers: the oracle itself says so."""
+    mixed = cells.mixed("tiny", "window+sinks", 3, 20, 40, ((9, 9), (5, 30)), page=4)
+    batch = arrays.make(mixed, cache_bytes=0)
+    whole, _ = attend(Case(*[None if a is None else np.asarray(a) for a in batch.arguments()], **batch.options))
+    sampled = list(arrays.samples(batch, 12))
+    assert len(sampled) >= 6
+    for rows, case in sampled:
+        verdict = judge(case, whole[rows].astype(np.float32))
+        assert verdict.status == "pass", verdict.text
+
+
+# ------------------------------------------------------------------ floors
+
+
+def test_floors_count_what_is_seen():
+    cell = cells.prefill("tiny", "full", 1, 4)  # 4 query heads, 2 kv heads, D 32, f32
+    assert cell.flops == 4 * 32 * 4 * (1 + 2 + 3 + 4)
+    assert cell.kv_bytes == 4 * 2 * 2 * 32 * 4
+    assert cell.bytes == cell.kv_bytes + 2 * 4 * 4 * 32 * 4
+
+
+def test_floors_follow_the_window():
+    cell = cells.decode("gpt-oss", "local", 2, 1000)
+    assert cell.read_tokens == 2 * 128
+    assert cell.flops == 4 * 64 * 64 * 2 * 128
+
+
+def test_names_are_unique():
+    for chip in ("cpu", "gpu"):
+        names = [cell.name for cell in cells.cells_for(chip)]
+        assert len(names) == len(set(names))
+
+
+# ------------------------------------------------------------------ comparison
+
+
+def result(seconds: float | None = 1.0, spread: float = 0.01, **changes) -> run.Result:
+    known = {"cell": CELL.name, "backend": "xla", "status": "pass" if seconds else "fail", "ratio": 0.5, "floor": 0.5,
+             "bytes": 10, "flops": 10, "tags": run._tags(CELL)}  # fmt: skip
+    return run.Result(**(known | {"seconds": seconds, "spread": spread} | changes))
+
+
+def made(*results: run.Result) -> record.Record:
+    return record.of(list(results), CEILINGS)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spread", "told"),
+    [(1.10, 0.01, True), (1.04, 0.01, False), (1.10, 0.08, False), (1.30, 0.08, True), (0.8, 0.01, False)],
+)
+def test_slower_past_threshold_and_noise(seconds, spread, told):
+    comparison = record.compare(made(result(1.0, spread)), made(result(seconds, spread)))
+    assert comparison.failed is told
+
+
+def test_cell_that_lost_its_number_fails():
+    assert record.compare(made(result()), made(result(None))).failed
+
+
+def test_records_of_two_devices_are_not_compared():
+    other = dataclasses.replace(made(result()), ceilings=dataclasses.replace(CEILINGS, device="another"))
+    with pytest.raises(record.RecordError, match="two devices: test and another"):
+        record.compare(made(result()), other)
+
+
+def test_noise_is_told_by_the_samples():
+    calm, busy = Timing.of([1.0, 1.001, 1.002, 1.003]), Timing.of([1.0, 1.3, 1.6, 1.9])
+    assert calm.spread < 0.05 < busy.spread
+
+
+# ------------------------------------------------------------------ files and page
+
+
+def test_record_survives_its_file(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text(made(result()).to_json())
+    assert record.load(path) == made(result())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}'])
+def test_foreign_file_is_named(tmp_path, text):
+    path = tmp_path / "foreign.json"
+    path.write_text(text)
+    with pytest.raises(record.RecordError, match=r"foreign\.json"):
+        record.load(path)
+
+
+def test_missing_compare_file_is_a_usage_error(tmp_path, capsys):
+    assert session.main(None, None, tmp_path / "none.json", None, "", False, []) == session.USAGE
+    assert "none.json" in capsys.readouterr().out
+
+
+def test_unknown_platform_is_a_usage_error(capsys):
+    assert session.main(None, None, None, "tritn", "", False, []) == session.USAGE
+    assert "tritn" in capsys.readouterr().out
+
+
+def test_page_is_self_contained():
+    peer = result(0.9, backend="peer:other")
+    before, after = made(result(), peer), made(result(1.5), peer, result(None, cell="lost <cell>"))
+    text = page.render(after, record.compare(before, after), [before])
+    for word in ("Roofline", "Against the peers", "History", "No number", "lost &lt;cell&gt;", "1.500"):
+        assert word in text
+    fetched = [url for url in re.findall(r"""(?:src|href)=["'](.+?)["']""", text) if not url.startswith("#")]
+    assert not fetched, "the page must fetch nothing"
+    assert "<script" not in text
+
+
+def test_session_writes_record_and_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(ceilings, "measure", lambda: CEILINGS)
+    monkeypatch.setattr(cells, "cells_for", lambda chip: [CELL])
+    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel()])
+    json_path, html_path = tmp_path / "a.json", tmp_path / "a.html"
+    assert session.main(json_path, html_path, None, None, "", False, []) == session.PASS
+    assert json.loads(json_path.read_text())["results"][0]["status"] == "pass"
+    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel(wrong=1.0)])
+    assert session.main(None, None, json_path, None, "", False, []) == session.FAIL
