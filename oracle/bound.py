@@ -344,12 +344,11 @@ def divide_error(n: np.ndarray, B: np.ndarray, claim: Claim) -> tuple[np.ndarray
 
 def divided(solved: Solved, error: np.ndarray, moved: np.ndarray, th: np.ndarray) -> np.ndarray:
     """Step 7: the error of the quotient; inf where the denominator could vanish."""
-    left = (1 - moved)[..., None]
-    th = np.broadcast_to(th[..., None], left.shape)
+    left = 1 - moved
     safe = (left > 0) & (th < 1)
-    e = error / np.where(safe, left, 1.0)
-    e += (np.abs(solved.output) + e) * np.where(safe, th / np.where(safe, 1 - th, 1.0), 0.0)
-    return np.where(safe, e, np.inf)
+    e = error / np.where(safe, left, 1.0)[..., None]
+    e += (np.abs(solved.output) + e) * np.where(safe, th / np.where(th < 1, 1 - th, 1.0), 0.0)[..., None]
+    return np.where(safe[..., None], e, np.inf)
 
 
 def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: Claim) -> np.ndarray:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 QUERY_DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 PAGE_DTYPES = QUERY_DTYPES + QUANTISED_DTYPES
+_QUANTISED = tuple(np.dtype(getattr(ml_dtypes, name, name)) for name in QUANTISED_DTYPES)
 _FORMAT = 1
 
 
@@ -172,7 +172,7 @@ class Case:
 
     @property
     def quantised(self) -> bool:
-        return self.kv_pages.dtype.name in QUANTISED_DTYPES
+        return self.kv_pages.dtype in _QUANTISED
 
     @property
     def hash(self) -> str:
@@ -217,18 +217,13 @@ class Case:
         """This case with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def sequences(self) -> Iterator[Sequence]:
+    def sequences(self) -> list[Sequence]:
         """The live, valid sequences that own rows, in order."""
-        for index, (start, stop) in enumerate(self._ownership()):
-            if stop > start and self.invalid(index) is None:
-                yield self._sequence(index, start, stop)
+        return self._layout[0]
 
-    def invalid_rows(self) -> Iterator[tuple[int, int, str]]:
+    def invalid_rows(self) -> list[tuple[int, int, str]]:
         """`(start, stop, reason)` of the rows whose sequence has invalid metadata: their answer is NaN."""
-        for index, (start, stop) in enumerate(self._ownership()):
-            reason = self.invalid(index)
-            if stop > start and reason is not None:
-                yield start, stop, f"sequence {index}: {reason}"
+        return self._layout[1]
 
     def invalid(self, index: int) -> str | None:
         """Why the metadata of live sequence `index` is invalid, or None."""
@@ -249,14 +244,22 @@ class Case:
             return f"block_tables[{index}, {column}] = {pages[bad[0]]} is outside [0, {self.num_pages})"
         return None
 
-    def _ownership(self) -> list[tuple[int, int]]:
-        """For each live sequence the rows `[start, stop)` that no earlier one owns."""
-        owned, seen = [], 0
+    @functools.cached_property
+    def _layout(self) -> tuple[list[Sequence], list[tuple[int, int, str]]]:
+        """Each live sequence with the rows that no earlier one owns: valid ones, and invalid ones."""
+        valid, invalid, taken = [], [], 0
+        offsets = self.query_start_loc.tolist()
         for index in range(self.live_seqs):
-            start, stop = int(self.query_start_loc[index]), int(self.query_start_loc[index + 1])
-            owned.append((max(start, seen), min(stop, self.num_tokens)))
-            seen = max(seen, start, stop)
-        return owned
+            start, stop = max(offsets[index], taken), min(offsets[index + 1], self.num_tokens)
+            taken = max(taken, offsets[index], offsets[index + 1])
+            if stop <= start:
+                continue
+            reason = self.invalid(index)
+            if reason is None:
+                valid.append(self._sequence(index, start, stop))
+            else:
+                invalid.append((start, stop, f"sequence {index}: {reason}"))
+        return valid, invalid
 
     def _keys(self, context: int, rows: int) -> tuple[int, int]:
         first = max(context - rows, 0)  # rows before position 0 see nothing

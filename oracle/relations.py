@@ -106,7 +106,7 @@ def unowned_contents(case: Case, seed: int) -> Expectation:
 
 def sequence_permutation(case: Case, seed: int) -> Expectation | None:
     """Sequences may stand in any order."""
-    sequences = list(case.sequences())
+    sequences = case.sequences()
     if len(sequences) < 2:
         return None
     return _rearranged(case, [sequences[i] for i in np.random.default_rng(seed).permutation(len(sequences))])
@@ -114,7 +114,7 @@ def sequence_permutation(case: Case, seed: int) -> Expectation | None:
 
 def alone(case: Case, seed: int) -> Expectation | None:
     """A sequence alone in the batch gets the bits it gets in company."""
-    sequences = list(case.sequences())
+    sequences = case.sequences()
     if not sequences:
         return None
     return _rearranged(case, [sequences[np.random.default_rng(seed).integers(len(sequences))]])
@@ -122,7 +122,7 @@ def alone(case: Case, seed: int) -> Expectation | None:
 
 def dead_sequences(case: Case, seed: int) -> Expectation | None:
     """The last live sequence becomes a dead one, metadata left in place: its neighbours keep their bits."""
-    if case.live_seqs < 1 or list(case.invalid_rows()):
+    if case.live_seqs < 1 or case.invalid_rows():
         return None
     judged = np.zeros((case.num_tokens, 1, 1), bool)
     judged[: int(case.query_start_loc[case.live_seqs - 1])] = True
@@ -132,7 +132,7 @@ def dead_sequences(case: Case, seed: int) -> Expectation | None:
 
 def empty_sequence(case: Case, seed: int) -> Expectation | None:
     """A sequence with no queries between two others is skipped; the last metadata row must be free for it."""
-    if case.live_seqs == case.max_seqs or list(case.invalid_rows()):
+    if case.live_seqs == case.max_seqs or case.invalid_rows():
         return None
     at = int(np.random.default_rng(seed).integers(case.live_seqs + 1))
     stay = case.max_seqs - 1
