@@ -6,6 +6,7 @@ that no row sees and must give the same bits.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -129,10 +130,12 @@ class Report:
             lse = [s.lse_ratio for s in layers.values() if s.lse_ratio is not None]
             backends[name] = {
                 **{what: self.total(what, name) for what in ("verified", "failed", "vacuous", "rows")},
-                "worst_ratio": max(s.ratio for s in layers.values()),
-                "worst_lse_ratio": max(lse, default=None),
+                "worst_ratio": _finite(max(s.ratio for s in layers.values())),
+                "worst_lse_ratio": _finite(max(lse, default=None)),
                 "seconds": round(sum(s.seconds for s in layers.values()), 3),
-                "layers": {layer: vars(score) for layer, score in layers.items()},
+                "layers": {
+                    name: {k: _finite(v) for k, v in vars(score).items()} for name, score in layers.items()
+                },
             }
         plan = self.plan
         return {
@@ -182,7 +185,7 @@ class Replay:
             Infrastructure: memory, disk or device gave out.
         """
         start = time.perf_counter()
-        for step in self.scheduler.steps():
+        for step in self._steps():
             for cache in self.caches.values():
                 cache.apply(step)
             for layer in self.plan.model.layers:
@@ -193,14 +196,21 @@ class Replay:
             if self.report.steps >= steps or self.report.seconds >= budget:
                 return
 
+    def _steps(self) -> Iterator[Step]:
+        """The scheduler's steps; what it counts stands in the report before a step and after the last."""
+        steps = self.scheduler.steps()
+        while True:
+            step = next(steps, None)
+            self.report.counts = self.scheduler.counts
+            self.report.skipped.update(self.scheduler.skipped - self.report.skipped)
+            if step is None:
+                return
+            yield step
+
     def _note(self, step: Step) -> None:
-        report = self.report
-        report.steps += 1
-        report.rows += step.rows
-        report.requests |= {span.request for span in step.spans}
-        report.counts = self.scheduler.counts
-        for reason, count in self.scheduler.skipped.items():
-            report.skipped[reason] = count
+        self.report.steps += 1
+        self.report.rows += step.rows
+        self.report.requests |= {span.request for span in step.spans}
 
     def _judge(self, step: Step, layer: Layer) -> None:
         """One step of one layer on every target: answered twice, compared with the oracle and with itself."""
@@ -299,6 +309,11 @@ def features(step: Step, layer: Layer, case: Case) -> Iterator[str]:
     if layer.sinks:
         yield "sinks"
     yield f"{layer.pages_dtype} pages"
+
+
+def _finite(ratio: float | None) -> float | None:
+    """JSON has no infinity: a broken exact answer (a NaN, a row of nobody) becomes the largest float."""
+    return ratio if ratio is None else min(ratio, sys.float_info.max)
 
 
 def _same_bits(first: np.ndarray | None, second: np.ndarray | None) -> bool:

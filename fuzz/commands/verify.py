@@ -213,10 +213,15 @@ def _run(replay: Replay, steps: int, budget: float) -> None:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from fuzz.verify import Infrastructure
+    from rpa import policy_override
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        # Tuning would take longer than the replay; what a store or a shipped table holds is used.
+        with (
+            policy_override(cache_miss_fallback="heuristics"),
+            Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        ):
             task = progress.add_task("compiling the first step", total=1.0)
             begin = time.perf_counter()
             for _ in replay.run(steps, budget):
