@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from fuzz.bench import arrays, clock
@@ -65,6 +66,7 @@ class Contender:
     claim: Callable[[Batch], Claim | None]
     unsupported: Callable[[Batch], str | None]
     output: Callable[[Any], np.ndarray] = np.asarray
+    ready: Callable[[Any], Any] = jax.block_until_ready
 
 
 def run(cells: Iterable[Cell], contenders: list[Contender], ceilings: Ceilings, platform: str) -> Iterator[Result]:
@@ -92,7 +94,7 @@ def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -
         status, reason, ratio = verdict(batch, answer, contender.claim(batch))
         if status != "pass":
             return Result(**known, status=status, reason=reason, ratio=ratio)
-        timing = _time(function, arguments, cell, platform)
+        timing = _time(function, arguments, cell, platform, contender.ready)
     except Exception as error:  # a crash is a finding about the contender, and must not end the others' run
         return Result(**known, status="error", reason=f"{type(error).__name__}: {error}"[:500])
     return Result(
@@ -119,11 +121,11 @@ def verdict(batch: Batch, answer: np.ndarray, claim: Claim | None) -> tuple[str,
     return worst
 
 
-def _time(function: Callable, arguments: list[tuple], cell: Cell, platform: str) -> clock.Timing:
+def _time(function: Callable, arguments: list[tuple], cell: Cell, platform: str, ready: Callable) -> clock.Timing:
     if platform != "gpu":
         return clock.wall(function, arguments)
     rest = 0.1 if cell.flops / cell.bytes > _BURST_INTENSITY else 0.0
-    return clock.kernels(function, arguments, rest)
+    return clock.kernels(function, arguments, rest, ready=ready)
 
 
 def _temporaries(function: Any, args: tuple) -> int | None:
@@ -147,8 +149,6 @@ def backend(name: str) -> Contender:
         return inputs, signature, registry.load(name), device.current(inputs.queries)
 
     def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
-        import jax
-
         from rpa import api, select
 
         _, signature, implementation, device = chosen(batch)
