@@ -1,0 +1,469 @@
+"""Many query rows against a cache: the compute-bound half of the Hopper kernel.
+
+A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd): one consumer
+warpgroup for each 64 rows, both on the same keys. Tiles start at multiples of 8 rows, as TMA into a swizzled tile asks;
+rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of their size in the cache, so
+which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles. Blocks
+are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the whole ones
+follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other multiplies.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Shape, ceil_div, first_key, page_of, piece, smem
+
+M = 64  # rows of a warpgroup's wgmma
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, replicated along it
+WG = plgpu.Layout.WGMMA
+
+
+class Tiling(NamedTuple):
+    """Static parameters of the prefill role."""
+
+    tiles: int  # tiles the list may hold
+    block: int  # keys a ring slot
+    stages: int
+    ctas: int
+    fresh: bool = False  # P V into a fresh accumulator, added afterwards, rather than on top of the old one
+    staged: bool = False  # the weights pass through shared memory: the interpreter takes no register operand
+    turns: bool = True  # the warpgroups take turns at the tensor cores
+    registers: tuple[int, int] = (232, 40)  # consumer, producer
+    alias: bool = False  # partial tiles leave through the queries' memory, where a second buffer does not fit
+
+    def heads(self, shape: Shape) -> int:
+        """Heads of a group that one tile serves."""
+        return 2 if shape.group % 2 == 0 else 1
+
+    def tokens(self, shape: Shape) -> int:
+        return 2 * M // self.heads(shape)
+
+
+class Item(NamedTuple):
+    """One tile of one pair of heads, traced."""
+
+    token: jax.Array  # query row of the tile's row 0, a multiple of 8
+    begin: jax.Array  # live rows of the tile: begin..end-1
+    end: jax.Array
+    position: jax.Array  # of row 0; may be negative
+    sequence: jax.Array
+    kv_head: jax.Array
+    head: jax.Array  # first query head
+    low: jax.Array  # first key any row sees
+    base: jax.Array  # first key of block 0
+    stop: jax.Array  # one past the last key any row sees
+    blocks: jax.Array
+
+
+class Scratch(NamedTuple):
+    """A CTA's shared memory and barriers."""
+
+    q: jax.Ref  # [2, M, D]; the output leaves through it too
+    k: jax.Ref  # [stages, block, D]
+    v: jax.Ref  # [stages, block, D]
+    tail: jax.Ref  # [2, M, D], not swizzled: tiles that are not full leave by rows
+    lse: jax.Ref  # [2, M]
+    p: jax.Ref  # [2, M, block] where `staged`
+    q_full: jax.Ref  # [2]
+    q_free: jax.Ref
+    k_full: jax.Ref  # [stages]
+    v_full: jax.Ref
+    k_free: jax.Ref
+    v_free: jax.Ref
+    turn: jax.Ref
+    clean: jax.Ref
+
+
+def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
+    d, dtype = shape.head_dim, shape.dtype
+    copies = tiling.block // piece(shape.page, tiling.block)
+    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
+    q, tail = smem((2, M, d), dtype), plgpu.SMEM((2, M, d), jnp.dtype(dtype))
+    return Scratch(
+        q=plgpu.RefUnion(q, tail) if tiling.alias else q,
+        k=smem((tiling.stages, tiling.block, d), dtype),
+        v=smem((tiling.stages, tiling.block, d), dtype),
+        tail=plgpu.SMEM((M,), jnp.float32) if tiling.alias else tail,
+        lse=plgpu.SMEM((2, M), jnp.float32),
+        p=smem((2, M, tiling.block) if tiling.staged else (2, 8, d), dtype, like=d),
+        q_full=plgpu.Barrier(num_barriers=2),
+        q_free=plgpu.Barrier(num_arrivals=2),
+        k_full=ring(num_arrivals=copies),
+        v_full=ring(num_arrivals=copies),
+        k_free=ring(num_arrivals=2),
+        v_free=ring(num_arrivals=2),
+        turn=plgpu.Barrier(num_arrivals=2),
+        clean=plgpu.Barrier(num_arrivals=2),
+    )
+
+
+def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
+    """Reads a tile of the list (i32 [5, tiles]: token / 8, begin, end, position, sequence) and finds its keys."""
+    pairs = shape.q_heads // tiling.heads(shape)
+    tile, pair = lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
+    token, begin, end, position, sequence = (tiles_ref[field, tile] for field in range(5))
+    head = pair * tiling.heads(shape)
+    low, base = first_key(position + begin, shape.window, tiling.block)
+    stop = jnp.maximum(position + end, 0)
+    blocks = ceil_div(jnp.maximum(stop - base, 0), tiling.block)
+    kv_head = lax.div(head, I32(shape.group))
+    return Item(token * 8, begin, end, position, sequence, kv_head, head, low, base, stop, blocks)
+
+
+def for_each_item(cta, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body):
+    """Runs `body(item, step, nth)` over this CTA's items; the list is dealt back and forth, longest tiles first.
+
+    `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
+    """
+    pairs = shape.q_heads // tiling.heads(shape)
+    total, n = count_ref[0] * pairs, tiling.ctas
+
+    def loop(i, carry):
+        step, nth = carry
+        place = jnp.where(lax.rem(i, I32(2)) == 0, cta, n - 1 - cta)
+        index = i * n + place
+        item = item_at(jnp.minimum(index, total - 1), tiles_ref, shape, tiling)
+        here = index < total
+        pl.when(here)(lambda: body(item, step, nth))
+        return step + jnp.where(here, item.blocks, 0), nth + jnp.where(here, 1, 0)
+
+    return lax.fori_loop(0, ceil_div(total, n), loop, (I32(0), I32(0)))
+
+
+# ------------------------------------------------------------------ producer
+
+
+def produce(
+    cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling
+) -> None:
+    """The producer warp: both query tiles, then keys and values from the causal edge backwards."""
+    heads = tiling.heads(shape)
+
+    def body(item: Item, step, nth):
+        pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
+        for w in range(2):
+            rows = pl.ds(item.token + (0 if heads == 2 else w * M), M)
+            source = q_ref.at[rows, item.head + (w if heads == 2 else 0)]
+            plgpu.copy_gmem_to_smem(source, s.q.at[w], s.q_full.at[w])
+        run = piece(shape.page, tiling.block)
+        last = lax.div(item.stop - 1, I32(run)) * run
+
+        @pl.loop(0, item.blocks)
+        def _(i):
+            key = item.base + (item.blocks - 1 - i) * tiling.block
+            fill_slot(item, key, last, step + i, kv_ref, tables_ref, s, shape, tiling)
+
+    drain(*for_each_item(cta, count_ref, tiles_ref, shape, tiling, body), s, tiling)
+
+
+def drain(steps, nth, s: Scratch, tiling: Tiling) -> None:
+    """Waits for the consumers' last releases, so that no barrier is left a phase behind."""
+    pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
+    for slot in range(tiling.stages):
+
+        @pl.when(steps > slot)
+        def _(slot=slot):
+            plgpu.barrier_wait(s.k_free.at[slot])
+            plgpu.barrier_wait(s.v_free.at[slot])
+
+
+def fill_slot(
+    item: Item, key, last, step, kv_ref, tables_ref, s: Scratch, shape: Shape, tiling: Tiling
+) -> None:
+    """Copies the keys and values of one block, page by page, into the slot of `step`."""
+    run = piece(shape.page, tiling.block)
+    slot = lax.rem(step, I32(tiling.stages))
+    # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live one repeat
+    # it: its lines are in the L2, and the consumers zero what no row may see.
+    places = [
+        page_of(jnp.minimum(key + j * run, last), item.sequence, tables_ref, shape)
+        for j in range(tiling.block // run)
+    ]
+    for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full, s.v_free)):
+        pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+        for j, (page, offset) in enumerate(places):
+            source = kv_ref.at[page, pl.ds(offset, run), 2 * item.kv_head + which]
+            plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
+
+
+# ------------------------------------------------------------------ consumers
+
+
+def consume(
+    wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
+) -> None:
+    """One consumer warpgroup (`wg` 0 or 1): an online softmax over the blocks of each tile, its rows to memory."""
+    heads, d = tiling.heads(shape), shape.head_dim
+
+    def body(item: Item, step, nth):
+        del nth
+        ahead = 0 if heads == 2 else wg * M
+        mine = item._replace(
+            token=item.token + ahead,
+            begin=jnp.clip(item.begin - ahead, 0, M),
+            end=jnp.clip(item.end - ahead, 0, M),
+            position=item.position + ahead,
+            head=item.head + (wg if heads == 2 else 0),
+        )
+        plgpu.barrier_wait(s.q_full.at[wg])
+        state = (
+            plgpu.layout_cast(jnp.zeros((M, d), jnp.float32), WG),
+            plgpu.layout_cast(jnp.full((M,), FLOOR, jnp.float32), ROWS),
+            plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROWS),
+        )
+        state = fold_all(wg, item, mine, step, state, s, shape, tiling)
+        store(wg, mine, state, sinks_ref, o_ref, lse_ref, s, shape)
+        plgpu.barrier_arrive(s.q_free)
+
+    for_each_item(cta, count_ref, tiles_ref, shape, tiling, body)
+
+
+def fold_all(wg, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
+    """Folds every block of the tile: the cut ones at the causal edge, the whole ones, those the window cuts."""
+    b = tiling.block
+    # Blocks from `whole_end` on hold keys that the first row must not see; below `whole_start`, that the last must not.
+    whole_end = jnp.minimum(
+        lax.div(jnp.maximum(item.position + item.begin + 1 - item.base, 0), I32(b)), item.blocks
+    )
+    whole_start = I32(0)
+    if shape.window is not None:
+        unseen = jnp.maximum(item.position + item.end - shape.window - item.base, 0)
+        whole_start = jnp.minimum(ceil_div(unseen, b), item.blocks)
+    whole_end = jnp.maximum(whole_end, whole_start)
+    first, second = item.blocks - whole_end, item.blocks - whole_start  # in folding order
+    fold = functools.partial(fold_block, wg, item, mine, step, s=s, shape=shape, tiling=tiling)
+    state = lax.fori_loop(0, first, functools.partial(fold, cut=True), state)
+    if tiling.turns:
+        pl.when(wg == 1)(lambda: take_turn(s))
+    state = lax.fori_loop(first, second, functools.partial(fold, cut=False), state)
+    if tiling.turns:
+        pl.when(wg == 0)(lambda: take_turn(s))
+    if shape.window is not None:
+        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut=True), state)
+    return state
+
+
+def take_turn(s: Scratch) -> None:
+    plgpu.barrier_arrive(s.turn)
+    plgpu.barrier_wait(s.turn)
+
+
+def fold_block(
+    wg, item: Item, mine: Item, step, i, state, *, cut: bool, s: Scratch, shape: Shape, tiling: Tiling
+):
+    """Folds one block into (acc [M, D], m [M], l [M]); `cut` blocks are masked, and their dead values zeroed."""
+    acc, m, l = state
+    turns = tiling.turns and not cut
+    slot = lax.rem(step + i, I32(tiling.stages))
+    key = item.base + (item.blocks - 1 - i) * tiling.block
+    plgpu.barrier_wait(s.k_full.at[slot])
+
+    def multiply(acc_ref):
+        plgpu.wgmma(acc_ref, s.q.at[wg], s.k.at[slot].transpose((1, 0)))
+        if turns:
+            take_turn(s)
+        return acc_ref[...]
+
+    x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
+    plgpu.barrier_arrive(s.k_free.at[slot])
+    z, unit = logits(x, shape)
+    if cut:
+        z = masked(z, key, mine, shape)
+    m_new = jnp.maximum(m, z.max(axis=1) * unit)
+    alpha = jnp.exp2(m - m_new)
+    p = jnp.exp2(z * unit - along(m_new, z))
+    l = l * alpha + p.sum(axis=1)
+    weights = p.astype(shape.dtype)
+    if not tiling.fresh:
+        acc = acc * along(alpha, acc)
+    if turns:
+        acc, l, m_new, alpha, weights = lax.optimization_barrier((acc, l, m_new, alpha, weights))
+        plgpu.barrier_arrive(s.turn)
+    plgpu.barrier_wait(s.v_full.at[slot])
+    if turns:
+        plgpu.barrier_wait(s.turn)
+    if cut:
+        clean_values(wg, s, slot, key, item, shape, tiling)
+    if tiling.staged:
+        s.p.at[wg][...] = weights
+        plgpu.commit_smem()
+        weights = s.p.at[wg]
+    acc = add_product(acc, alpha, weights, s.v.at[slot], tiling.fresh)
+    plgpu.barrier_arrive(s.v_free.at[slot])
+    return acc, m_new, l
+
+
+def add_product(acc, alpha, weights, v_ref, fresh: bool):
+    """acc * alpha + weights @ v; where not `fresh`, `acc` is scaled already and the product lands on top of it."""
+    if fresh:
+
+        def multiply(acc_ref):
+            plgpu.wgmma(acc_ref, weights, v_ref)
+            return acc_ref[...]
+
+        return acc * along(alpha, acc) + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
+
+    def add(acc_ref):
+        plgpu.wgmma(acc_ref, weights, v_ref)
+
+    return pl.run_state(add)(plgpu.ACC.init(acc))
+
+
+def logits(x, shape: Shape):
+    """(z, unit): the scaled, capped logits are z * unit in units of log 2, with unit > 0."""
+    if shape.cap is not None:
+        return jnp.tanh(x * (shape.scale / shape.cap)), shape.cap * LOG2E
+    if shape.scale > 0:
+        return x, shape.scale * LOG2E
+    return x * (shape.scale * LOG2E), 1.0
+
+
+def masked(z, key, mine: Item, shape: Shape):
+    """-inf where a row sees no key: past its own position, or before its window."""
+    keys = key + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WG)
+    position = mine.position + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=WG)
+    seen = keys <= position
+    if shape.window is not None:
+        seen &= keys > position - shape.window
+    return jnp.where(seen, z, -jnp.inf)
+
+
+def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Tiling) -> None:
+    """Zeroes values that no row of the tile may see: a weight of 0 does not silence a NaN. The first warpgroup does it."""
+
+    @pl.when((key < item.low) | (key + tiling.block > item.stop))
+    def _():
+        @pl.when(wg == 0)
+        def _():
+            rows = s.v.at[slot]
+            keys = key + plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=WG)
+            seen = (keys >= item.low) & (keys < item.stop)
+            rows[...] = jnp.where(seen, rows[...], jnp.zeros((), shape.dtype))
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(s.clean)
+        plgpu.barrier_wait(s.clean)
+
+
+def along(row, like):
+    """[M] broadcast along the columns of `like`."""
+    return lax.broadcast_in_dim(row, like.shape, [0])
+
+
+# ------------------------------------------------------------------ output
+
+
+def normalised(state, sink, shape: Shape):
+    """(output f32 [M, D], lse [M]) from the folded state; rows that saw nothing give 0 and -inf, or the sink."""
+    acc, m, l = state
+    if sink is None:
+        seen = l > 0
+        inverse = jnp.where(seen, 1.0 / jnp.where(seen, l, 1.0), 0.0)
+        lse = jnp.where(seen, (m + jnp.log2(jnp.where(seen, l, 1.0))) / LOG2E, -jnp.inf)
+        return acc * along(inverse, acc), lse
+    top = jnp.maximum(m, sink * LOG2E)
+    scale = jnp.exp2(m - top)
+    l = l * scale + jnp.exp2(sink * LOG2E - top)
+    return acc * along(scale / l, acc), (top + jnp.log2(l)) / LOG2E
+
+
+def store(wg, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
+    """Rows to memory: a full tile by one TMA, a partial one by its binary parts, so that no neighbour is touched."""
+    sink = None if sinks_ref is None else sinks_ref[mine.head]
+    out, lse = normalised(state, sink, shape)
+    out = out.astype(shape.dtype)
+
+    @pl.when(mine.end - mine.begin == M)
+    def _():
+        s.q.at[wg][...] = out
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(s.q.at[wg], o_ref.at[pl.ds(mine.token, M), mine.head])
+        if lse_ref is not None:
+            lse_ref[mine.head, pl.ds(mine.token, M)] = lse
+
+    rows = mine.end - mine.begin
+
+    @pl.when((rows > 0) & (rows < M))
+    def _():
+        s.tail.at[wg][...] = out
+        if lse_ref is not None:
+            s.lse.at[wg][...] = lse
+        plgpu.commit_smem()
+        for bit in (32, 16, 8, 4, 2, 1):
+            done = mine.begin + (rows & ~(2 * bit - 1))
+
+            @pl.when((rows & bit) != 0)
+            def _(bit=bit, done=done):
+                target = o_ref.at[pl.ds(mine.token + done, bit), mine.head]
+                plgpu.copy_smem_to_gmem(s.tail.at[wg, pl.ds(done, bit)], target)
+
+        if lse_ref is not None:
+
+            @pl.loop(mine.begin, mine.end)
+            def _(i):
+                lse_ref[mine.head, mine.token + i] = s.lse[wg, i]
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+# ------------------------------------------------------------------ the kernel of prefill alone
+
+
+def attend(q, kv_pages, tables, count, tiles, sinks, shape: Shape, tiling: Tiling, with_lse: bool):
+    """[T, Hq, D] and, with `with_lse`, f32 [Hq, T]; only the rows of listed tiles are written.
+
+    Args:
+        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
+        sinks: f32 [Hq] or None.
+    """
+
+    def body(*refs):
+        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, *rest = refs
+        sinks_ref = rest.pop(0) if sinks is not None else None
+        o_ref = rest.pop(0)
+        lse_ref = rest.pop(0) if with_lse else None
+        (s,) = rest
+        if tiling.alias:
+            q_smem, tail = s.q
+            s = s._replace(q=q_smem, tail=tail)
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+
+        @pl.when(wg == 2)
+        def _():
+            plgpu.set_max_registers(tiling.registers[1], action="decrease")
+
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    produce(cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
+
+        @pl.when(wg < 2)
+        def _():
+            plgpu.set_max_registers(tiling.registers[0], action="increase")
+            consume(wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
+
+    outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
+    if with_lse:
+        outs.append(jax.ShapeDtypeStruct((shape.q_heads, shape.tokens), jnp.float32))
+    args = [q, kv_pages, tables, count, tiles] + ([] if sinks is None else [sinks])
+    results = plgpu.kernel(
+        body,
+        out_type=tuple(outs),
+        scratch_types=(scratch_types(shape, tiling),),
+        grid=(tiling.ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="rpa_prefill",
+    )(*args)
+    return results if with_lse else (results[0], None)

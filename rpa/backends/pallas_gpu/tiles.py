@@ -1,0 +1,76 @@
+"""What the two roles of the Hopper kernel share: static tile shapes, shared-memory layouts, page arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+# Below every score a kernel can meet, and finite: a difference of two of them is 0 and not NaN.
+FLOOR = -1e30
+I32 = jnp.int32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The static part of a call that the kernels see."""
+
+    tokens: int  # T
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page: int
+    pages: int  # P, of the pool
+    table_width: int  # pages_per_seq
+    dtype: str  # of queries, pages and both products' operands
+    scale: float
+    cap: float | None
+    window: int | None
+
+    @property
+    def group(self) -> int:
+        return self.q_heads // self.kv_heads
+
+    @property
+    def capacity(self) -> int:
+        return self.table_width * self.page
+
+
+def transforms(minor: int, dtype: str) -> tuple:
+    """The tiled, swizzled layout that TMA writes and wgmma reads, for rows of `minor` elements."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if minor * size % s == 0)
+    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def smem(shape: tuple[int, ...], dtype: str, like: int | None = None):
+    """A shared-memory operand; `like` is the row length whose swizzle it must match (wgmma wants one for both)."""
+    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=transforms(like or shape[-1], dtype))
+
+
+def piece(page: int, block: int) -> int:
+    """Keys one TMA copies: the largest run that never crosses a page or a block."""
+    return math.gcd(page, block)
+
+
+def ceil_div(a, b: int):
+    return lax.div(a + (b - 1), I32(b)) if not isinstance(a, int) else -(-a // b)
+
+
+def first_key(position, window: int | None, align: int):
+    """The first key a row at `position` sees, and where its blocks start: a multiple of `align` at or before it."""
+    if window is None:
+        return I32(0), I32(0)
+    low = jnp.maximum(position - (window - 1), 0)
+    return low, lax.div(low, I32(align)) * align
+
+
+def page_of(key, sequence, tables_ref, shape: Shape):
+    """(page id inside the pool, slot) of a key; garbage entries are clamped, so no address outside the pool forms."""
+    column = jnp.minimum(lax.div(key, I32(shape.page)), shape.table_width - 1)
+    page = jnp.clip(tables_ref[sequence, column], 0, shape.pages - 1)
+    return page, lax.rem(key, I32(shape.page))
