@@ -67,24 +67,26 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     shape = (signature.num_tokens, signature.num_q_heads)
     never = _never(inputs)
     output = _varying(jnp.zeros((*shape, signature.head_dim), signature.q_dtype), never)
-    lse = _varying(jnp.full(shape, -jnp.inf, jnp.float32), never)
+    lse = _varying(jnp.full(shape, -jnp.inf), never) if signature.return_lse else None
+    # Done first and not last: sweeps write live rows only, and so no pass over the whole output follows them.
+    carry = layout.finish(output, lse, inputs, signature, ragged)
     taken = jnp.zeros(signature.max_seqs, jnp.int32)
-    carry = (output, lse) if signature.return_lse else (output,)
     for tile in tiles(signature, config):
         taken, carry = _sweep(tile, inputs, signature, ragged, taken, carry)
-    lse = carry[1] if len(carry) == 2 else None
-    return layout.finish(carry[0], lse, inputs, signature, ragged)
+    return carry
 
 
 def _never(inputs: Inputs):
-    """A traced False that varies over every mesh axis that some input varies over."""
+    """Inside `shard_map` a traced False that varies over every mesh axis that some input does; elsewhere None."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return None
     corners = [a[(slice(0, 1),) * a.ndim].reshape(()) for a in inputs if a is not None]
     return jnp.any(jnp.stack([corner.astype(jnp.float32) for corner in corners]) > jnp.inf)
 
 
 def _varying(x, never):
     """`x` as a loop may carry it inside `shard_map`, where a carry may not begin to vary half-way."""
-    return jnp.where(never, jnp.zeros_like(x), x)
+    return x if never is None else jnp.where(never, jnp.zeros_like(x), x)
 
 
 def tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Tile, ...]:
@@ -255,11 +257,15 @@ def _store(tile: Tile, item: Item, carry, result):
     row = at - item.first_row + jnp.arange(tile.rows)  # of the tile
     mine = (row >= 0) & (row < item.rows)
     stored = []
-    for whole, part in zip(carry, result, strict=False):  # the lse is dropped when nobody asked for it
+    for whole, part in zip(carry, result, strict=True):
+        if whole is None:  # nobody asked for the lse
+            stored.append(None)
+            continue
         shape = (tile.rows,) + (1,) * (part.ndim - 1)
         fresh = part[jnp.clip(row, 0, tile.rows - 1)].astype(whole.dtype)
         old = lax.dynamic_slice_in_dim(whole, at, tile.rows)
-        stored.append(lax.dynamic_update_slice_in_dim(whole, jnp.where(mine.reshape(shape), fresh, old), at, 0))
+        new = jnp.where(mine.reshape(shape), fresh, old)
+        stored.append(lax.dynamic_update_slice_in_dim(whole, new, at, 0))
     return tuple(stored)
 
 
