@@ -5,6 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import jax
+import numpy as np
+
 from rpa import api, registry, select
 from rpa import device as devices
 from rpa import validate as rules
@@ -40,13 +43,21 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     bound = inspect.signature(api.ragged_page_attention_v2).bind(*args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
-    arrays, options = tuple(given[name] for name in _ARRAYS), tuple(given[name] for name in _OPTIONS)
+    arrays = tuple(_stand_in(given[name]) for name in _ARRAYS)
+    options = tuple(given[name] for name in _OPTIONS)
     inputs, signature = api.prepare(arrays, options, given["validate"])
     device = devices.current(inputs.queries)
     platform = rules.platform_of(given["platform"])
     api.check_config(given["cfg"])
     choice = select.choose(signature, device, platform, given["cfg"], inputs=inputs, dry=True)
     return _told(choice, device, registry.refusals(signature, device))
+
+
+def _stand_in(value: Any) -> Any:
+    """Zeros that take no memory, where only a shape and a dtype are known."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return np.broadcast_to(np.zeros((), value.dtype), value.shape)
+    return value
 
 
 def _told(choice: select.Choice, device: Device, refusals: dict[str, str | None]) -> Explanation:

@@ -123,7 +123,7 @@ class Kernel:
             program=program,
             args=(arrays,),
             explicit=inv.override_cfg,
-            untunable="inside jit there is nothing to time: stores and heuristics decide" if traced else None,
+            untunable=lambda: "inside jit there is nothing to time: heuristics decide" if traced else None,
             accelerator=device.platform in ("gpu", "tpu"),
         )
 

@@ -127,16 +127,18 @@ def resolve(platform: str, signature: Signature, device: Device) -> tuple[Implem
         ValueError: no backend of that platform can take the call; the text gives every backend's reason.
     """
     wanted = [slot for slot in exists() if platform in ("auto", slot.platform)]
-    reasons = {}
+    reasons, nearly = {}, {}
     for slot in wanted:
         reason = why_not(slot, signature, device)
         if reason is None:
-            return implementation_of(slot), _because(platform, slot, reasons)
+            return implementation_of(slot), _because(platform, nearly)
+        if device.platform in slot.chips:  # that a TPU kernel is not for a CPU surprises nobody
+            nearly[slot.name] = reason
         reasons[slot.name] = reason
     raise ValueError(refusal(platform, signature, device, reasons))
 
 
-def _because(platform: str, slot: Slot, refused: dict[str, str]) -> str:
+def _because(platform: str, refused: dict[str, str]) -> str:
     others = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
     if platform != "auto":
         return f"platform={platform!r} was asked for{others}"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from rpa import cache, registry, settings, tune
 from rpa.cache import ConfigCache, PersistentCache, Triple
 from rpa.config import RaggedPageAttentionv2Config
@@ -80,7 +82,7 @@ class Query:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     explicit: Any | None = None
-    untunable: str | None = None  # why this call may not be tuned
+    untunable: Callable[[], str | None] = lambda: None  # why this call may not be tuned
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
@@ -218,8 +220,9 @@ class ConfigSelectorChain:
                 if query.accelerator
                 else "off accelerators the policy is heuristics"
             )
-        if query.untunable is not None:
-            return query.untunable
+        reason = query.untunable()
+        if reason is not None:
+            return reason
         if self.forbid_reautotune and query.triple in self._failed:
             return "tuning it failed earlier in this process"
         return tune.why_not(self.tuner) if query.judged else None
@@ -369,11 +372,6 @@ def query_of(
             return None
         return f"no kernel of platform={config.platform!r} takes this call"
 
-    untunable = (
-        "inside jit there is nothing to time: tables and heuristics decide" if inputs is None else None
-    )
-    if sharding != "none":
-        untunable = "a sharded call is not tuned: its processes must agree"
     return Query(
         op=f"{registry.ALGORITHM}@0",
         device=fingerprint(device),
@@ -383,11 +381,28 @@ def query_of(
         program=lambda config: Program(backend(config), signature, config, device),
         args=() if inputs is None else (inputs,),
         explicit=cfg,
-        untunable=untunable,
+        untunable=lambda: _untunable(inputs, signature, sharding),
         judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
     )
+
+
+def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> str | None:
+    """The reason a call's own arrays are no ground for a decision that later calls inherit."""
+    if sharding != "none":
+        return "a sharded call is not tuned: all its processes must decide alike"
+    if inputs is None:
+        return "inside jit there is nothing to time: tables and heuristics decide"
+    count = int(np.asarray(inputs.num_seqs).reshape(-1)[0])
+    offsets = np.asarray(inputs.query_start_loc)
+    contexts = np.asarray(inputs.context_lens)[:count]
+    live = int(offsets[count]) - int(offsets[0]) if 0 < count < len(offsets) else 0
+    if 2 * live < signature.num_tokens or not contexts.any():
+        return (
+            f"this batch is mostly idle ({live} of {signature.num_tokens} rows live) and stands for no other"
+        )
+    return None
 
 
 def candidates(signature: Signature, device: Device, platform: str) -> list[RaggedPageAttentionv2Config]:

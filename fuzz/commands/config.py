@@ -1,0 +1,281 @@
+"""`rpa explain`, `rpa tune` and `rpa cache`: which config a call gets and why, finding better ones, the store."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fuzz.bench.cells import Cell
+
+USAGE, NOTHING = 2, 3
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+_Platform = Annotated[str, typer.Option(help="auto, xla, triton, pallas or cuda.")]
+
+
+def _fail(text: str) -> typer.Exit:
+    print(f"error: {text}", file=sys.stderr)
+    return typer.Exit(USAGE)
+
+
+# ------------------------------------------------------------------ explain
+
+
+def explain(
+    model: Annotated[str, typer.Option(help="tiny, llama3-8b, gemma2, gpt-oss ...")] = "llama3-8b",
+    layer: Annotated[str | None, typer.Option(help="One kind of the model's layers. Default: all.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Query rows of the batch.")] = 8,
+    seqs: Annotated[int, typer.Option(min=1, help="Rows of the block table.")] = 8,
+    context: Annotated[int, typer.Option(min=1, help="Tokens a sequence can hold.")] = 8192,
+    page: Annotated[int, typer.Option(min=1, help="Tokens a page.")] = 16,
+    platform: _Platform = "auto",
+) -> None:
+    """Say which backend and config a call of these shapes gets on this machine, and why."""
+    from fuzz.models import model_named
+
+    try:
+        preset = model_named(model)
+        layers = [entry for entry in preset.layers if layer in (None, entry.name)]
+        if not layers:
+            raise ValueError(
+                f"{model} has no layer {layer!r}; there are {', '.join(x.name for x in preset.layers)}"
+            )
+        for entry in layers:
+            print(f"{model} {entry.name}: {tokens} rows, {seqs} sequences, pages of {page}")
+            print(_explained(preset, entry, tokens, seqs, context, page, platform), end="\n\n")
+    except (ValueError, TypeError) as error:
+        raise _fail(str(error)) from None
+
+
+def _explained(model: Any, layer: Any, tokens: int, seqs: int, context: int, page: int, platform: str) -> str:
+    import jax
+    import numpy as np
+
+    import rpa
+
+    pages = -(-context // page)
+    shape = (seqs * pages, page, 2 * model.num_kv_heads, model.head_dim)
+    scales = {"k_scale": 1.0, "v_scale": 1.0} if layer.quantised else {}
+    return rpa.explain(
+        jax.ShapeDtypeStruct((tokens, model.num_q_heads, model.head_dim), layer.dtype),
+        jax.ShapeDtypeStruct(shape, layer.pages_dtype),
+        np.zeros(seqs, np.int32),
+        jax.ShapeDtypeStruct((seqs, pages), "int32"),
+        np.zeros(seqs + 1, np.int32),
+        seqs,
+        np.zeros(model.num_q_heads, np.float32) if layer.sinks else None,
+        softmax_scale=model.softmax_scale,
+        logits_soft_cap=layer.logits_soft_cap,
+        sliding_window=layer.sliding_window,
+        compute_dtype=layer.compute_dtype,
+        platform=platform,
+        **scales,
+    )
+
+
+# ------------------------------------------------------------------ tune
+
+
+def tune(
+    budget: Annotated[str, typer.Option(help="Stop after so long: 90, 90s, 10m or 2h.")] = "10m",
+    only: Annotated[str, typer.Option(help="Only cells of `rpa bench` whose name contains this text.")] = "",
+    platform: _Platform = "auto",
+    iters: Annotated[int, typer.Option(min=1, help="Timed calls a candidate.")] = 50,
+    table: Annotated[
+        Path | None, typer.Option(help="Write a table as the package ships it, rather than the user's store.")
+    ] = None,
+) -> None:
+    """Find the fastest right config of every benchmark cell on this machine's device, and store it.
+
+    Every candidate is judged by the oracle before it is timed. Exit codes: 0, 2 usage, 3 nothing was tuned.
+    """
+    match = re.fullmatch(r"(\d+)([smh]?)", budget.strip())
+    if match is None:
+        raise _fail(f"--budget {budget!r}: 90, 90s, 10m or 2h is expected")
+    end = time.monotonic() + int(match[1]) * _UNITS[match[2]]
+    try:
+        found = _tune_cells(end, only, platform, iters)
+    except ValueError as error:
+        raise _fail(str(error)) from None
+    if not found:
+        raise typer.Exit(NOTHING)
+    _keep(found, table)
+
+
+def _tune_cells(end: float, only: str, platform: str, iters: int) -> list[tuple[Any, Any, str]]:
+    """(query, config, reason) of every cell that was tuned; the table of trials goes to the terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fuzz.bench.cells import cells_for
+    from rpa.device import current
+
+    console = Console()
+    cells = [cell for cell in cells_for(current().platform) if only in cell.name]
+    if not cells:
+        raise ValueError(f"--only {only!r}: no cell has such a name; `rpa bench` lists them")
+    found = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("tuning", total=len(cells))
+        for cell, query, tuner in _each(cells, platform, iters, end):
+            progress.update(task, description=cell.name, advance=1)
+            report = _one(query, tuner)
+            console.print(
+                f"{cell.name}: {report if isinstance(report, str) else _summary(report)}", highlight=False
+            )
+            if not isinstance(report, str):
+                found.append((query, report.winner, report.reason))
+    if len(found) < len(cells):
+        console.print(f"{len(found)} of {len(cells)} cells tuned")
+    return found
+
+
+def _each(cells: list[Cell], platform: str, iters: int, end: float) -> Iterator[tuple[Cell, Any, Any]]:
+    """A query on real arrays for each cell and a tuner with its part of the time; cells of one key are tuned once."""
+    import jax
+
+    from fuzz.bench import arrays
+    from fuzz.verifier import verify
+    from rpa import Tuner, api, select
+    from rpa.device import current
+
+    keys = set()
+    for i, cell in enumerate(cells):
+        left = end - time.monotonic()
+        if left <= 0:
+            return
+        batch = arrays.make(cell, 0)
+        values = tuple(jax.device_put(value) for value in batch.arguments()[:6])
+        options = batch.options
+        static = [options.get(name) for name in ("softmax_scale", "logits_soft_cap", "compute_dtype")]
+        inputs, signature = api.prepare(
+            (*values, batch.sinks, options.get("k_scale"), options.get("v_scale")),
+            (*static, False, options.get("sliding_window"), None, None, False),
+            False,
+        )
+        query = select.query_of(signature, current(), platform, None, inputs=inputs)
+        if query.triple in keys:
+            continue
+        keys.add(query.triple)
+        share = left / (len(cells) - i)
+        yield cell, query, Tuner(warmup=2, iters=iters, verify=verify, budget=max(share, 5.0))
+
+
+def _one(query: Any, tuner: Any) -> Any:
+    """The report of one tuning run, or why there is none."""
+    from rpa.tune import TuningFailed
+
+    first = query.heuristic()
+    candidates = [first, *(config for config in query.candidates() if config != first)]
+    try:
+        tuner.autotune(query.program, query.args, {}, candidates)
+    except TuningFailed as error:
+        return f"no usable config\n{error}"
+    return tuner.history[-1]
+
+
+def _summary(report: Any) -> str:
+    counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
+    troubles = "".join(
+        f"\n    {trial.status}: {trial.config}: {trial.detail[:300]}"
+        for trial in report.trials
+        if trial.status in ("wrong", "failed")
+    )
+    return f"{report.reason} ({counts}){troubles}"
+
+
+def _keep(found: list[tuple[Any, Any, str]], table: Path | None) -> None:
+    from rpa import cache
+    from rpa.select import default_chain
+
+    if table is None:
+        store: Any = default_chain().persistent
+        store.merge({"|".join(query.triple): _entry(config, reason) for query, config, reason in found})
+        print(f"{len(found)} configs in {store.path}")
+        return
+    entries = {f"{query.op}|{query.stem}": _entry(config, reason) for query, config, reason in found}
+    old = cache.parse(table.read_text(encoding="utf-8")) if table.exists() else {}
+    table.write_text(cache.render({**old, **entries}), encoding="utf-8")
+    print(f"{len(found)} configs in {table}")
+
+
+def _entry(config: Any, reason: str) -> dict[str, Any]:
+    from rpa.cache import versions
+
+    fields = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
+    return {"config": fields, "note": reason, "versions": versions()}
+
+
+# ------------------------------------------------------------------ cache
+
+cache = typer.Typer(help="The store of tuned configs: show, clear, export, import.", no_args_is_help=True)
+_File = Annotated[Path, typer.Argument(help="A store's JSON.")]
+
+
+def _store() -> Any:
+    from rpa.select import default_chain
+
+    return default_chain().persistent
+
+
+@cache.command()
+def show() -> None:
+    """List what is stored for this user, and where."""
+    store = _store()
+    entries = store.entries()
+    print(f"{store.path}: {len(entries)} configs")
+    for key, entry in sorted(entries.items()):
+        config = entry.get("config") if isinstance(entry, dict) else entry
+        shown = (
+            {name: value for name, value in config.items() if value} if isinstance(config, dict) else config
+        )
+        print(f"  {key}\n    {shown}  {entry.get('note', '') if isinstance(entry, dict) else ''}")
+
+
+@cache.command()
+def clear() -> None:
+    """Forget every stored config."""
+    store = _store()
+    count = len(store.entries())
+    if store.path.exists() and not store.merge({}, replace=True):
+        raise typer.Exit(USAGE)
+    print(f"{store.path}: {count} configs forgotten")
+
+
+@cache.command()
+def export(file: _File) -> None:
+    """Write the store to a file that `rpa cache import` reads elsewhere."""
+    from rpa.cache import render
+
+    entries = _store().entries()
+    try:
+        file.write_text(render(entries), encoding="utf-8")
+    except OSError as error:
+        raise _fail(f"{file}: {error.strerror}") from None
+    print(f"{len(entries)} configs in {file}")
+
+
+@cache.command("import")
+def import_(file: _File) -> None:
+    """Add the configs of an exported file to the store; those of the same key win over what is there."""
+    from rpa import RaggedPageAttentionv2Config
+    from rpa.cache import parse
+
+    try:
+        entries = parse(file.read_text(encoding="utf-8"))
+        for key, entry in entries.items():
+            if key.count("|") < 2 or not isinstance(entry, dict):
+                raise ValueError(f"{key!r} is no entry of a store")
+            RaggedPageAttentionv2Config.from_dict(entry.get("config", {}))
+    except (OSError, ValueError, TypeError) as error:
+        raise _fail(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+    if not _store().merge(entries):
+        raise typer.Exit(USAGE)
+    print(f"{len(entries)} configs in {_store().path}")
