@@ -1,11 +1,16 @@
-"""The Mosaic TPU kernel: `BACKEND`, what it supports, and how its block sizes are chosen."""
+"""The Mosaic TPU kernel as a backend.
+
+Read `plan` (what is compiled), `tiles` (the work list), `kernel` (the loops), `call` (arrays in and out) and `chips`
+(block sizes, and what does not fit).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from rpa import device as devices
 from rpa import numerics
-from rpa.backends.pallas_tpu import call, plan
+from rpa.backends.pallas_tpu import call, chips
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.registry import Implementation
@@ -13,28 +18,23 @@ from rpa.signature import Inputs, Signature
 
 
 def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
-    return call.attend(inputs, signature, plan.make(signature, config, 1), signature.vmem_limit_bytes)
+    """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
+    device = devices.current(inputs.queries)
+    plan = chips.plan_of(signature, device, config)
+    return call.attend(inputs, signature, plan, chips.vmem_limit(signature, device))
 
 
 def supports(signature: Signature, device: Device) -> str | None:
-    return None
-
-
-def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
-    pages = plan.power_of_two_below(max(1, min(256 // signature.page_size, signature.pages_per_seq)))
-    if device.interpreted:
-        pages = max(1, min(pages, plan.power_of_two_below(16 // signature.page_size)))
-    return RaggedPageAttentionv2Config(
-        num_kv_pages_per_block=pages, num_queries_per_block=16 if device.interpreted else 32, num_stages=3, platform="pallas", backend="tpu", options=(("pair_heads", 1 if signature.num_kv_heads % 2 else 2),)
-    )
-
-
-def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
-    return (heuristic(signature, device),)
+    """Why this chip cannot take the call, or None."""
+    return chips.refusal(signature, device)
 
 
 def claim(signature: Signature, device: Device) -> dict[str, Any]:
+    """The default claim; decode folds whole blocks, whose smallest is one page.
+
+    A TPU has no f16 matrix unit: compute_dtype float16 keeps the operands f32, within what float16 would claim.
+    """
     return numerics.claim(signature, device, block=1)
 
 
-BACKEND = Implementation("pallas_tpu", run, supports, heuristic, candidates, claim)
+BACKEND = Implementation("pallas_tpu", run, supports, chips.heuristic, chips.candidates, claim)

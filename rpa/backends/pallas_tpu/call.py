@@ -80,7 +80,7 @@ def _scratch(plan: Plan, stored: Any) -> list[Any]:
         pltpu.VMEM(tile, kind),
         pltpu.VMEM(tile, kind),
         pltpu.VMEM((plan.lane_tiles, plan.stage_rows, 128), f32),
-        pltpu.VMEM((plan.heads // plan.pair, plan.pair * plan.packed_rows, plan.pair * plan.dim), operand),
+        pltpu.VMEM((plan.heads, plan.packed_rows, plan.dim), operand),
         pltpu.VMEM(packed, f32),
         pltpu.VMEM(packed, f32),
         pltpu.VMEM((plan.heads, plan.dim, plan.packed_rows), f32),

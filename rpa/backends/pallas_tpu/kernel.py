@@ -58,7 +58,7 @@ class Refs(NamedTuple):
     q_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
     out_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
     stage: jax.Ref  # VMEM f32 [lane_tiles, stage_rows, 128], row i's heads at i * head_pitch
-    operand: jax.Ref  # VMEM [heads / pair, pair * packed_rows, pair * dim], row j * block_q + i: head j of row i
+    operand: jax.Ref  # VMEM [heads, packed_rows, dim], row j * block_q + i is head j of row i
     m: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
     l: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
     acc: jax.Ref  # VMEM f32 [heads, dim, packed_rows]
@@ -114,7 +114,6 @@ def _clear_padding(refs: Refs, plan: Plan) -> None:
         refs.stage[plan.lane_tiles - 1] = jnp.zeros(refs.stage.shape[1:], refs.stage.dtype)
     if plan.head_dim != plan.dim or plan.keys != plan.tokens:
         refs.words[...] = jnp.zeros_like(refs.words)
-    refs.operand[...] = jnp.zeros_like(refs.operand)
 
 
 def _lane_tiles(plan: Plan) -> list[tuple[int, int, int]]:
@@ -256,13 +255,17 @@ def _each_part(rows, most: int, do) -> None:
 
 def _q_copy(refs: Refs, row, first, size: int, slot):
     return pltpu.make_async_copy(
-        refs.queries.at[pl.ds(row + first, size)], refs.q_tile.at[slot, pl.ds(first, size)], refs.q_sem.at[slot]
+        refs.queries.at[pl.ds(row + first, size)],
+        refs.q_tile.at[slot, pl.ds(first, size)],
+        refs.q_sem.at[slot],
     )
 
 
 def _out_copy(refs: Refs, row, first, size: int, slot):
     return pltpu.make_async_copy(
-        refs.out_tile.at[slot, pl.ds(first, size)], refs.out.at[pl.ds(row + first, size)], refs.out_sem.at[slot]
+        refs.out_tile.at[slot, pl.ds(first, size)],
+        refs.out.at[pl.ds(row + first, size)],
+        refs.out_sem.at[slot],
     )
 
 
@@ -271,7 +274,9 @@ def _fetch_queries(refs: Refs, plan: Plan, tile, slot) -> None:
     def _():
         row = refs.tiles.row[tile]
         _each_part(
-            refs.tiles.rows[tile], plan.block_q, lambda first, size: _q_copy(refs, row, first, size, slot).start()
+            refs.tiles.rows[tile],
+            plan.block_q,
+            lambda first, size: _q_copy(refs, row, first, size, slot).start(),
         )
 
 
@@ -285,7 +290,9 @@ def _wait_queries(refs: Refs, plan: Plan, tile, slot) -> None:
 def _store_out(refs: Refs, plan: Plan, tile, slot) -> None:
     row = refs.tiles.row[tile]
     _each_part(
-        refs.tiles.rows[tile], plan.block_q, lambda first, size: _out_copy(refs, row, first, size, slot).start()
+        refs.tiles.rows[tile],
+        plan.block_q,
+        lambda first, size: _out_copy(refs, row, first, size, slot).start(),
     )
     if plan.lse:
         _lse_copy(refs, tile, slot).start()
@@ -294,7 +301,9 @@ def _store_out(refs: Refs, plan: Plan, tile, slot) -> None:
 def _wait_out(refs: Refs, plan: Plan, tile, slot) -> None:
     row = refs.tiles.row[tile]
     _each_part(
-        refs.tiles.rows[tile], plan.block_q, lambda first, size: _out_copy(refs, row, first, size, slot).wait()
+        refs.tiles.rows[tile],
+        plan.block_q,
+        lambda first, size: _out_copy(refs, row, first, size, slot).wait(),
     )
     if plan.lse:
         _lse_copy(refs, tile, slot).wait()
@@ -368,7 +377,9 @@ def _unpack(refs: Refs, plan: Plan, slot) -> None:
         base = index * (tokens * pitch)
         for lane, start, width in _lane_tiles(plan):
             for token in range(tokens):
-                refs.words[lane, pl.ds(base + token * pitch, rows), :width] = value[token, :, start : start + width]
+                refs.words[lane, pl.ds(base + token * pitch, rows), :width] = value[
+                    token, :, start : start + width
+                ]
         return carry
 
     if pages >= plan.block_pages:
@@ -407,7 +418,9 @@ def _load_kv(refs: Refs, plan: Plan, head: int):
 
 def _load_rows(refs: Refs, plan: Plan, row: int):
     """Row `row` of every token, [keys, dim]."""
-    parts = [refs.words[lane, pl.ds(row, plan.keys, stride=plan.word_pitch)] for lane in range(plan.lane_tiles)]
+    parts = [
+        refs.words[lane, pl.ds(row, plan.keys, stride=plan.word_pitch)] for lane in range(plan.lane_tiles)
+    ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -510,30 +523,33 @@ def _decode_block(refs: Refs, plan: Plan, base, position) -> None:
         refs.decode_m[part] = m
         refs.decode_l[part] = refs.decode_l[part] * keep + jnp.sum(p, axis=1, keepdims=True)
         parts = [
-            _dot(_weights(p[i * rows : (i + 1) * rows], plan), value, (1, 0), plan) for i, value in enumerate(values)
+            _dot(_weights(p[i * rows : (i + 1) * rows], plan), value, (1, 0), plan)
+            for i, value in enumerate(values)
         ]
         refs.decode_acc[part] = refs.decode_acc[part] * keep + jnp.concatenate(parts, axis=0)
 
 
 def _decode_queries(refs: Refs, plan: Plan, head: int):
     """[decode_rows, dim] operand; rows past the group are other heads' and are never stored."""
-    parts = [
-        refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows)] for lane in range(plan.lane_tiles)
-    ]
+    parts = [refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows)] for lane in range(plan.lane_tiles)]
     q = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
     return q if plan.f32_dots else q.astype(jnp.bfloat16)
 
 
 def _decode_end(refs: Refs, plan: Plan, slot) -> None:
     """Divide and put the heads beside each other; a head's surplus rows are overwritten by the next head."""
-    factor, lse = _close(refs.decode_m[...], refs.decode_l[...], refs.decode_sinks[...] if plan.sinks else None, plan)
+    factor, lse = _close(
+        refs.decode_m[...], refs.decode_l[...], refs.decode_sinks[...] if plan.sinks else None, plan
+    )
     out = refs.decode_acc[...] * factor
     for head in range(plan.heads):
         rows = out[head * plan.decode_rows : (head + 1) * plan.decode_rows]
         if plan.v_scaled:
             rows = rows * refs.scales[1, head]
         for lane, start, width in _lane_tiles(plan):
-            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows), :width] = rows[:, start : start + width]
+            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows), :width] = rows[
+                :, start : start + width
+            ]
     _unstage_row(refs, plan, slot, 0)
     if plan.lse:
         row = lax.broadcasted_iota(jnp.int32, (plan.decode_rows, plan.packed_rows), 0)
@@ -541,7 +557,9 @@ def _decode_end(refs: Refs, plan: Plan, slot) -> None:
         for head in range(plan.heads):
             column = lse[head * plan.decode_rows : (head + 1) * plan.decode_rows]
             # Rows to lanes: -inf survives a maximum, where a sum of selected values would meet inf * 0.
-            refs.lse_tile[slot, head] = jnp.max(jnp.where(row == lane, column, -jnp.inf), axis=0, keepdims=True)
+            refs.lse_tile[slot, head] = jnp.max(
+                jnp.where(row == lane, column, -jnp.inf), axis=0, keepdims=True
+            )
 
 
 # ------------------------------------------------ many rows: prefill and mixed
@@ -570,35 +588,27 @@ def _pack_queries(refs: Refs, plan: Plan, slot) -> None:
         for member in range(plan.group):
             for lane in range(plan.lane_tiles):
                 q = refs.stage[lane, pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)]
-                refs.operand[
-                    head // plan.pair,
-                    pl.ds(head % plan.pair * plan.packed_rows + member * plan.block_q, plan.block_q),
-                    pl.ds(head % plan.pair * plan.dim + lane * LANES, LANES),
-                ] = q.astype(kind)
+                refs.operand[head, pl.ds(member * plan.block_q, plan.block_q), pl.ds(lane * LANES, LANES)] = (
+                    q.astype(kind)
+                )
 
 
 def _mixed_block(refs: Refs, plan: Plan, base, position) -> None:
-    """Fold one block; the scores of the next heads are on their way while a head's weights are made."""
+    """Fold one block; the scores of the next two heads are on their way while a head's weights are made."""
     lane = lax.broadcasted_iota(jnp.int32, (1, plan.packed_rows), 1)
     at = position + lax.rem(lane, plan.block_q)
     token = lax.broadcasted_iota(jnp.int32, (plan.keys, plan.packed_rows), 0)
     seen = _visible(plan, token, base, at)
-    waiting: list[tuple[int, jax.Array, jax.Array]] = []
-    for first in range(0, plan.heads, plan.pair):
-        heads = range(first, first + plan.pair)
-        keys, values = zip(*(_load_kv(refs, plan, head) for head in heads), strict=True)
-        joined = keys[0] if len(keys) == 1 else jnp.concatenate(keys, axis=1)
-        scores = _dot(joined, refs.operand[first // plan.pair], (1, 1), plan)  # [keys, pair * packed_rows]
-        for index, head in enumerate(heads):
-            part = scores[:, index * plan.packed_rows : (index + 1) * plan.packed_rows]
-            waiting.append((head, part, values[index]))
-        while len(waiting) > 2:
-            _mixed_fold(refs, plan, seen, *waiting.pop(0))
-    for item in waiting:
-        _mixed_fold(refs, plan, seen, *item)
+    ahead = []
+    for head in range(plan.heads + 2):
+        if head < plan.heads:
+            keys, values = _load_kv(refs, plan, head)
+            ahead.append((_dot(keys, refs.operand[head], (1, 1), plan), values))
+        if head >= 2:
+            _mixed_fold(refs, plan, head - 2, seen, *ahead[head - 2])
 
 
-def _mixed_fold(refs: Refs, plan: Plan, seen, head: int, scores, values) -> None:
+def _mixed_fold(refs: Refs, plan: Plan, head: int, seen, scores, values) -> None:
     """One step of the online softmax for one kv head; scores [keys, packed_rows]."""
     s = jnp.where(seen, _logits(refs, plan, scores, head), -jnp.inf)
     old = refs.m[head]

@@ -53,7 +53,6 @@ class Plan:
     block_pages: int  # pages a block, a power of two
     buffers: int  # KV blocks in VMEM: one computed on, the others on their way
     unpack_tokens: int  # tokens unpacked by one straight-line piece of code
-    pair: int  # kv heads scored by one dot with a block-diagonal operand, to fill a 256-wide matrix unit
     cores: int  # TensorCores that share the tiles
     slices: int  # table transfers a sequence's row is cut into
 
@@ -127,13 +126,19 @@ class Plan:
         words = self.keys * self.word_pitch * self.dim * 4
         stage = self.stage_rows * self.dim * 4
         tiles = 4 * self.block_q * round_up(self.q_heads, 16) * self.dim * ITEMSIZE[self.q_dtype]
-        operand = self.heads * self.pair * self.packed_rows * self.dim * (4 if self.f32_dots else 2)
+        operand = self.heads * self.packed_rows * self.dim * (4 if self.f32_dots else 2)
         accumulators = self.heads * self.packed_rows * (self.dim + 2 * SUBLANES) * 4
         decode = self.heads * self.decode_rows * (self.dim + 2 * LANES) * 4
         small = 4 * self.heads * (SUBLANES * self.packed_rows + self.decode_rows * LANES)
         # Scores, weights and operands of about three heads are alive at once.
         live = 3 * (3 * self.keys * self.packed_rows + 4 * self.keys * self.dim) * 4
         return pages + words + stage + tiles + operand + accumulators + decode + small + live
+
+
+def tile_capacity(signature: Signature, plan: Plan) -> int:
+    """Tiles that any layout of these static shapes can have."""
+    rows = signature.num_tokens
+    return max(1, min(rows, rows // plan.block_q + signature.max_seqs))
 
 
 def conflict_free(rows: int) -> int:
@@ -150,19 +155,22 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
     rows, pages = config.num_queries_per_block, config.num_kv_pages_per_block
     buffers = config.num_stages
     if rows is None or pages is None or buffers is None:
-        raise ValueError(f"config {config}: num_queries_per_block, num_kv_pages_per_block and num_stages are needed")
+        raise ValueError(
+            f"config {config}: num_queries_per_block, num_kv_pages_per_block and num_stages are needed"
+        )
     if rows % 16:
-        raise ValueError(f"num_queries_per_block={rows}: the TPU kernel takes multiples of 16, whole packed tiles")
+        raise ValueError(
+            f"num_queries_per_block={rows}: the TPU kernel takes multiples of 16, whole packed tiles"
+        )
     if pages & (pages - 1):
         raise ValueError(
             f"num_kv_pages_per_block={pages}: the TPU kernel takes powers of two, so that the page ids of a block "
             "never straddle two transfers"
         )
     if buffers < 2:
-        raise ValueError(f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills")
-    pair = config.option("pair_heads", 1)
-    if signature.num_kv_heads % pair:
-        raise ValueError(f"option pair_heads={pair}: it must divide the {signature.num_kv_heads} kv heads")
+        raise ValueError(
+            f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills"
+        )
     half = signature.compute_dtype == "bfloat16"
     return Plan(
         q_heads=signature.num_q_heads,
@@ -183,7 +191,6 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         block_pages=pages,
         buffers=buffers,
         unpack_tokens=config.option("unpack_tokens", pages * signature.page_size),
-        pair=pair,
         cores=cores,
         slices=-(-signature.pages_per_seq // table_entries(pages)),
     )

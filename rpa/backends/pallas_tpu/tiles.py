@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpa.backends.pallas_tpu.plan import Plan
+from rpa.backends.pallas_tpu.plan import Plan, tile_capacity
 from rpa.layout import Ragged
 from rpa.signature import Signature
 
@@ -30,15 +30,9 @@ class Tiles(NamedTuple):
     page_end: jax.Array
 
 
-def capacity(signature: Signature, plan: Plan) -> int:
-    """Tiles that any layout of these static shapes can have."""
-    rows, seqs = signature.num_tokens, signature.max_seqs
-    return max(1, min(rows, rows // plan.block_q + seqs))
-
-
 def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
     """The work list of a call, in the order of the sequences."""
-    size = capacity(signature, plan) + plan.cores  # the last ones are never live
+    size = tile_capacity(signature, plan) + plan.cores  # the last ones are never live
     length = ragged.stop - ragged.start  # [S]
     ends = jnp.cumsum(-(-length // plan.block_q))  # [S], tiles up to and with a sequence
     index = jnp.arange(size, dtype=jnp.int32)
@@ -69,7 +63,9 @@ def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
         rows=keep(rows),
         position=keep(position),
         block=keep(block),
-        block_end=keep(block_end, 2**30),  # cursors that pass the last tile stay in the next, which has no pages
+        block_end=keep(
+            block_end, 2**30
+        ),  # cursors that pass the last tile stay in the next, which has no pages
         page=keep(page),
         page_end=keep(page_end),
     )
