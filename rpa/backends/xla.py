@@ -62,8 +62,6 @@ class Softmax(NamedTuple):
 def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
     """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
     ragged = layout.sanitize(inputs, signature)
-    if signature.num_pages == 0:  # no live sequence can see a key, yet a gather needs a page to name
-        inputs = inputs._replace(kv_pages=jnp.zeros((1, *inputs.kv_pages.shape[1:]), inputs.kv_pages.dtype))
     shape = (signature.num_tokens, signature.num_q_heads)
     never = _never(inputs)
     output = _varying(jnp.zeros((*shape, signature.head_dim), signature.q_dtype), never)
@@ -169,7 +167,7 @@ def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
 def _load_block(tile: Tile, item: Item, page, readable, inputs: Inputs, signature: Signature):
     """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
     column = jnp.minimum(page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
-    ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, max(signature.num_pages - 1, 0))
+    ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, signature.num_pages - 1)
     keys = _gather(inputs.kv_pages, ids, 0, signature)
     values = _gather(inputs.kv_pages, ids, signature.head_dim, signature)
     values = jnp.where(readable[None, :, None], _operand(values, signature), 0)
