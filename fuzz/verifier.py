@@ -80,7 +80,7 @@ def _rows(offsets: np.ndarray, contexts: np.ndarray, signature: Any) -> np.ndarr
     if not live.any():
         return np.zeros(0, np.int64)
     edges = np.unique(np.concatenate([offsets[:-1][live], offsets[1:][live] - 1]))
-    anywhere = random.integers(offsets[0], offsets[-1], _ROWS)
+    anywhere = random.permutation(np.arange(offsets[0], offsets[-1]))[:_ROWS]
     order = np.concatenate([random.permutation(edges)[: _ROWS // 2], anywhere])
     sequence = np.searchsorted(offsets, order, side="right") - 1
     work = contexts[sequence] * float(signature.num_q_heads * signature.head_dim)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rpa import registry
+from rpa import numerics, registry
 from rpa.config import Backend, Platform, RaggedPageAttentionv2Config
 from rpa.device import Device, current
 from rpa.registry import ALGORITHM, SLOTS, Implementation, Slot, load
@@ -244,10 +244,15 @@ def _slot_of(spec: KernelSpec, facts: dict[str, Any]) -> Slot:
         supports,
         heuristic,
         facts.get("candidates", lambda signature, device: ()),
-        facts.get("claim", lambda signature, device: {}),
+        facts.get("claim", _default_claim),
     )
     chips = _ANY_CHIP if spec.backend is Backend.ANY else (str(spec.backend),)
     return Slot(name, str(spec.platform), chips, kernel.__module__, spec.priority, value)
+
+
+def _default_claim(signature: Signature, device: Device) -> dict[str, Any]:
+    """What is held against a kernel that claims nothing: operands, scaled query and weights rounded once."""
+    return numerics.claim(signature, device, block=1, u_q=numerics.ROUNDOFF[signature.compute_dtype])
 
 
 def _keywords(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> dict[str, Any]:

@@ -46,14 +46,6 @@ class Trial:
     def median(self) -> float:
         return statistics.median(self.seconds) if self.seconds else float("inf")
 
-    @property
-    def noise(self) -> float:
-        """Half the spread of the middle half of the samples, relative."""
-        if len(self.seconds) < 4:
-            return 0.0
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / 2 / self.median
-
 
 @dataclass(frozen=True)
 class Report:
@@ -194,8 +186,8 @@ class Tuner:
     def _decide(self, trials: list[Trial]) -> Report:
         timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
         first, best = timed[0], min(timed, key=lambda trial: trial.median)
-        needed = self.margin + 2 * (first.noise + best.noise)
-        gain = first.median / best.median - 1
+        gain, noise = _gain(first, best)
+        needed = self.margin + noise
         winner = best if gain > needed else first
         text = f"{winner.median * 1e6:.1f} us, best of {len(timed)} timed"
         if winner is first and best is not first:
@@ -203,6 +195,15 @@ class Tuner:
         elif winner is not first:
             text += f", {gain:.1%} faster than the heuristic"
         return Report(winner.config, f"tuned: {text}", tuple(trials))
+
+
+def _gain(first: Trial, best: Trial) -> tuple[float, float]:
+    """How much slower the first is, relative, and the noise of that: compared round by round, free of drift."""
+    ratios = [a / b for a, b in zip(first.seconds, best.seconds, strict=False)]
+    if len(ratios) < 4:
+        return statistics.median(ratios) - 1, max(ratios) - min(ratios)
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle - 1, high - low
 
 
 def verdict(tuner: Any, winner: Any) -> str:
