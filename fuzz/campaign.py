@@ -1,0 +1,346 @@
+"""A campaign: workers judge chunks of cases until the budget is spent; every case is on disk before the next one.
+
+The record is the state. A campaign that is killed at any moment goes on from it: chunks that were begun are never
+begun again, so no case repeats, and at most the case in flight is lost.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from fuzz import corpus
+from fuzz.coverage import Coverage
+from fuzz.isolate import Child
+from fuzz.ledger import Ledger, Waiver
+from fuzz.plan import Plan
+from fuzz.worker import Chunk, serve
+
+FIRST_CHUNK, CHUNK = 150, 600
+STARTS = 3  # a worker that dies this often before its first case is no worker
+EXIT = {"pass": 0, "fail": 1, "nothing": 3, "infrastructure": 4, "interrupted": 4}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a campaign is asked to do."""
+
+    target: str
+    out: Path
+    budget: float | None = None  # seconds, those already in the record included
+    max_examples: int | None = None  # cases, those already in the record included
+    seed: int = 0
+    workers: int = 1
+    case_timeout: float = 120.0
+    max_failures: int = 3  # distinct ones; the campaign stops there
+    share: str | None = None
+    waivers: tuple[Waiver, ...] = ()
+    reduce: bool = True
+
+
+@dataclass
+class Tally:
+    """What the record holds, as numbers."""
+
+    cases: int = 0
+    seconds: float = 0.0
+    verified: int = 0
+    failed: int = 0
+    vacuous: int = 0
+    waived: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+    worst: float = 0.0
+    compiled: dict[str, int] = field(default_factory=dict)  # by session and worker
+    exact: int = 0
+    next_chunk: int = 0
+    session: int = 0
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
+    coverage: Coverage = field(default_factory=Coverage)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Count one line of the record."""
+        self.seconds = max(self.seconds, line.get("t", 0.0))
+        self.session = max(self.session, line.get("session", 0))
+        kind = line["line"]
+        if kind == "chunk":
+            self.next_chunk = max(self.next_chunk, line["chunk"] + 1)
+        elif kind == "failure":
+            self.failures[line["id"]] = line
+        elif kind == "accepts":
+            self.accepted = line["texts"]
+        elif kind == "case":
+            self._case(line)
+
+    def _case(self, line: dict[str, Any]) -> None:
+        plan, status = Plan.from_json(line["plan"]), line["status"]
+        self.cases += 1
+        self.exact += plan.data == "exact"
+        self.compiled[f"{line['session']}/{line['worker']}"] = line["compiled"]
+        if status == "skipped":
+            self.skipped[line["text"]] += 1
+            return
+        ratio = line["ratio"]
+        self.coverage.add(plan, ratio)
+        if line.get("waived"):
+            self.waived += 1
+        elif status in ("fail", "suspect"):
+            self.failed += 1
+            self.kinds[line["kind"]] += 1
+        elif status == "vacuous":
+            self.vacuous += 1
+        else:
+            self.verified += 1
+            self.worst = max(self.worst, ratio or 0.0)
+
+
+class Campaign:
+    """One run of a campaign, new or resumed."""
+
+    def __init__(self, settings: Settings, watch: Callable[[Tally], None] = lambda tally: None):
+        self.settings, self.watch = settings, watch
+        settings.out.mkdir(parents=True, exist_ok=True)
+        self.tally = read_record(settings.out)
+        self.tally.session += 1
+        self.ledger = Ledger(settings.waivers, settings.target, datetime.date.today())
+        self.store = corpus.open_store(settings.share)
+        self.record = _open_record(settings.out / "record.jsonl")
+        self.began = time.monotonic() - self.tally.seconds
+        self.promised: dict[int, int] = {}  # cases handed to each worker and not yet judged
+        self.flying: dict[int, Plan] = {}
+        self.children: dict[int, Child] = {}
+        self.deaths: Counter = Counter()
+        self.shared: set[Plan] = set()
+        self.trouble: str | None = None
+
+    # -- budget
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def _left(self) -> int:
+        """Cases still to hand out."""
+        if self.settings.max_examples is None:
+            return CHUNK
+        return self.settings.max_examples - self.tally.cases - sum(self.promised.values())
+
+    def _over(self) -> bool:
+        s = self.settings
+        if (
+            self.trouble
+            or len(self.tally.failures) >= s.max_failures
+            or self.tally.failed >= 50 * s.max_failures
+        ):
+            return True
+        return s.budget is not None and self.elapsed >= s.budget
+
+    # -- running
+
+    def run(self) -> str:
+        """Run to the end of the budget; the status, a key of `EXIT`."""
+        status = None
+        try:
+            for worker in range(self.settings.workers):
+                self._start(worker)
+            while self.children and not self._over():
+                self._step()
+                self.watch(self.tally)
+        except KeyboardInterrupt:
+            status = "interrupted"
+        finally:
+            for child in self.children.values():
+                child.end()
+            self.record.close()
+        return status if status == "interrupted" and not self.tally.failed else self._status()
+
+    def _status(self) -> str:
+        if self.tally.failed or self.tally.accepted or self.ledger.complaints():
+            return "fail"
+        if self.trouble:
+            return "infrastructure"
+        return "pass" if self.tally.verified else "nothing"
+
+    def _start(self, worker: int) -> None:
+        s = self.settings
+        arguments = (s.target, s.seed, (worker, s.workers), str(s.out), s.reduce)
+        self.children[worker] = Child(serve, arguments, s.out / "workers" / f"{worker}.log")
+
+    def _step(self) -> None:
+        """Read what the workers report within a moment; see to those that hang."""
+        pipes = {child.pipe: worker for worker, child in self.children.items()}
+        for pipe in wait(list(pipes), timeout=0.2):
+            worker = pipes[pipe]  # type: ignore[index]
+            message = self.children[worker].receive()
+            if message is None:
+                self._died(worker, "crash")
+            else:
+                self._message(worker, *message)
+        for worker, child in list(self.children.items()):
+            if worker in self.flying and time.monotonic() - child.busy_since > self.settings.case_timeout:
+                self._died(worker, "timeout")
+
+    def _message(self, worker: int, kind: str, *rest: Any) -> None:
+        child = self.children[worker]
+        child.busy_since = time.monotonic()
+        if kind == "begin":
+            self.flying[worker] = rest[0]
+        elif kind == "end":
+            self.flying.pop(worker, None)
+            self._judged(worker, *rest)
+        elif kind == "failure":
+            self._failure(rest[0])
+        elif kind == "ready":
+            if rest[0] and not self.tally.accepted:
+                self._write("accepts", texts=rest[0])
+            self._next(worker)
+        elif kind == "done":
+            self.promised.pop(worker, None)
+            self._next(worker)
+
+    def _next(self, worker: int) -> None:
+        """Hand out the next chunk, or end the worker when no case is left."""
+        cases = min(self._left(), FIRST_CHUNK if self.tally.next_chunk < self.settings.workers else CHUNK)
+        if cases <= 0:
+            self.children[worker].send(None)
+            self.children.pop(worker).end(gently=5.0)
+            return
+        shared = self._from_store(cases)
+        chunk = Chunk(self.tally.next_chunk, len(shared) or cases, self.tally.cases, tuple(shared))
+        self._write("chunk", chunk=chunk.number, worker=worker)
+        self.promised[worker] = chunk.cases
+        self.children[worker].send(chunk)
+
+    def _from_store(self, limit: int) -> list[Plan]:
+        """Plans that other machines (or an earlier campaign) shared, not yet judged here."""
+        new = [p for p in corpus.fetch(self.store, self.settings.target) if p not in self.shared][:limit]
+        new = [p for p in new if self.ledger.forbids(p) is None]
+        self.shared.update(new)
+        return new
+
+    def _judged(self, worker: int, plan: Plan, report: dict[str, Any]) -> None:
+        failed = report["status"] in ("fail", "suspect")
+        waiver = self.ledger.excuses(plan, failed, report["kind"])
+        news = self.tally.coverage.seen
+        before = len(news)
+        self._case(worker, plan, report, waived=str(waiver) if waiver and failed else None)
+        self.promised[worker] = max(0, self.promised.get(worker, 0) - 1)
+        if (failed and not waiver) or len(self.tally.coverage.seen) - before >= 40:
+            if plan not in self.shared:
+                self.shared.add(plan)
+                corpus.save(self.store, self.settings.target, plan)
+
+    def _case(self, worker: int, plan: Plan, report: dict[str, Any], waived: str | None = None) -> None:
+        told = {"text": report["text"]} if report["status"] != "pass" else {}
+        ratio = report["ratio"] if report["ratio"] < 1e300 else None  # JSON has no infinity
+        self._write("case", worker=worker, status=report["status"], kind=report["kind"], ratio=ratio,
+                    ms=round(1e3 * report["seconds"], 2), compiled=report["compiled"], plan=plan.to_json(),
+                    **told, **({"waived": waived} if waived else {}))  # fmt: skip
+
+    def _failure(self, found: dict[str, Any]) -> None:
+        plan = Plan.from_json(found["plan"])
+        if self.ledger.excuses(plan, True, found["kind"]) is None:
+            self._write("failure", **found)
+            with open(self.settings.out / "corpus.jsonl", "a") as stream:
+                stream.write(json.dumps({"target": self.settings.target, "finding": found["id"], "plan": found["plan"]}) + "\n")  # fmt: skip
+
+    def _died(self, worker: int, how: str) -> None:
+        """A child that crashed or hung: the case in flight is its failure; another child goes on."""
+        child, plan = self.children.pop(worker), self.flying.pop(worker, None)
+        self.promised.pop(worker, None)
+        words = child.end(gently=1.0 if how == "crash" else 0.0)
+        if how == "timeout":
+            words = f"no answer in {self.settings.case_timeout:g} s"
+        text = f"{how}: {words} {child.last_words()}".strip()
+        if plan is not None:
+            report = {
+                "status": "fail",
+                "kind": how,
+                "ratio": float("inf"),
+                "text": text,
+                "seconds": 0.0,
+                "compiled": 0,
+            }
+            self._case(worker, plan, report)
+            self._write("failure", id=f"{how}-{words.replace(' ', '-')}", kind=how, status="fail", text=text,
+                        diagnosis=how, family=how, mutant=None, plan=plan.to_json(), found=plan.to_json(),
+                        shrink_seconds=0, tried=0)  # fmt: skip
+            _leave_crash(
+                self.settings.out / "failures" / f"{how}-{words.replace(' ', '-')}",
+                plan,
+                self.settings.target,
+            )
+        else:
+            self.deaths[worker] += 1
+        if self.deaths[worker] >= STARTS:
+            self.trouble = f"worker {worker} died {STARTS} times outside a case; {text}"
+        else:
+            self._start(worker)
+
+    def _write(self, line: str, **fields: Any) -> None:
+        """Append a line to the record, flushed, and count it."""
+        whole = {"line": line, "t": round(self.elapsed, 3), "session": self.tally.session, **fields}
+        self.record.write(json.dumps(whole, separators=(",", ":")) + "\n")
+        self.record.flush()
+        self.tally.add(whole)
+
+
+def _open_record(path: Path) -> Any:
+    """The record, open for appending; a last line that a crash cut short is ended first."""
+    stream = open(path, "a+")  # noqa: SIM115 - the campaign closes it
+    stream.seek(0, 2)
+    if stream.tell():
+        stream.seek(stream.tell() - 1)
+        if stream.read(1) != "\n":
+            stream.write("\n")
+    return stream
+
+
+def read_record(out: Path) -> Tally:
+    """The tally of a record; empty where there is none."""
+    tally = Tally()
+    for line in corpus.read_lines(out / "record.jsonl"):
+        tally.add(line)
+    return tally
+
+
+def _leave_crash(folder: Path, plan: Plan, target: str) -> None:
+    """What a crash leaves: the case, and a script that runs it again (and so crashes)."""
+    from fuzz.build import build
+    from fuzz.files import write_atomically
+
+    text = (
+        f'"""{target} crashed or hung on this case; running it does so again."""\n'
+        "from pathlib import Path\n\nfrom fuzz.targets import load\nfrom oracle import Case\n\n"
+        f'print(load("{target}").run(Case.load(Path(__file__).with_name("case.npz"))))\n'
+    )
+    write_atomically(folder / "case.npz", build(plan).save)
+    write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
+
+
+def summary(
+    settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None
+) -> dict[str, Any]:
+    """The campaign in one JSON object."""
+    pairs, possible = tally.coverage.share()
+    return {
+        "status": status, "exit": EXIT[status], "target": settings.target, "seed": settings.seed,
+        "cases": tally.cases, "verified": tally.verified, "failed": tally.failed, "vacuous": tally.vacuous,
+        "waived": tally.waived, "skipped": dict(tally.skipped), "worst_ratio": {settings.target: tally.worst},
+        "kinds": dict(tally.kinds), "seconds": round(tally.seconds, 2), "exact_cases": tally.exact,
+        "cases_per_second": round(tally.cases / tally.seconds, 1) if tally.seconds else None,
+        "compilations": sum(tally.compiled.values()), "sessions": tally.session,
+        "pairs": {"seen": pairs, "possible": possible},
+        "accepts_illegal": tally.accepted, "waiver_complaints": ledger.complaints(), "trouble": trouble,
+        "failures": [
+            {k: f[k] for k in ("id", "kind", "text", "diagnosis", "family", "plan")} for f in tally.failures.values()
+        ],
+    }  # fmt: skip

@@ -1,0 +1,143 @@
+"""Which known bug behaves like this failure? The model kernel's mutants, tried as explanations.
+
+A mutant explains a failure when its errors look like the target's: the same elements wrong, by the same amounts. The
+tile sizes tried are not the target's, which nobody knows, so a bug at a block edge is matched by the closest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from fuzz.build import build
+from fuzz.judge import Judgement, judge_rejections
+from fuzz.mutants import model
+from fuzz.mutants.catalogue import MUTANTS, Mutant
+from fuzz.mutants.model import Launch
+from fuzz.plan import Plan
+from fuzz.targets import Target
+from oracle import Case, attend
+
+TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
+# A distance of 0 is the same errors, of 1 no likeness at all; past this nothing is named.
+LIKENESS = 0.9
+# Failures that name their own family.
+_BY_KIND = {
+    "determinism": ("nondeterministic", "hygiene"),
+    "input": ("writes_input", "hygiene"),
+    "backend": ("silent_fallback", "selection"),
+    "accepts": ("accepts_bad", "selection"),
+    "relation:alone": ("batch_dependent", "hygiene"),
+    "relation:dead_sequences": ("batch_dependent", "hygiene"),
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The mutant a failure behaves like, its family, and how far apart their errors are (0 to 1)."""
+
+    mutant: str | None
+    family: str
+    distance: float
+    others: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.mutant is None:
+            return "behaves like no bug in the catalogue"
+        others = f" (or {', '.join(self.others)})" if self.others else ""
+        return f"behaves like {self.mutant}{others}: {self.family}"
+
+
+UNKNOWN = Diagnosis(None, "unknown", 1.0)
+
+
+def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Diagnosis:
+    """The best explanation of a failure, by the target's answers to a few failing plans."""
+    if judgement.kind in _BY_KIND:
+        return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
+    # Where NaN was read, the second fill shows how much was read, and from where.
+    cases = [build(plan, fill) for plan in plans for fill in ("nan", "huge")]
+    evidence = [e for e in (_evidence(case, target) for case in cases) if e is not None]
+    if not evidence:
+        return UNKNOWN
+    ranked = sorted(((_distance(m, evidence), m) for m in MUTANTS if _numeric(m)), key=lambda pair: pair[0])
+    best, mutant = ranked[0]
+    if best > LIKENESS:
+        return dataclasses.replace(UNKNOWN, distance=best)
+    alike = tuple(m.id for distance, m in ranked[1:4] if distance <= best + 0.02)
+    family = _majority([m for distance, m in ranked if distance <= best + 0.02])
+    return Diagnosis(mutant.id, family, best, alike)
+
+
+def _majority(mutants: list[Mutant]) -> str:
+    """The family most of the equally good explanations belong to; the first of them where there is a tie."""
+    groups = [m.group for m in mutants]
+    return max(dict.fromkeys(groups), key=groups.count)
+
+
+def _numeric(mutant: Mutant) -> bool:
+    """Whether a mutant shows in the numbers of a single call."""
+    return mutant.group not in ("selection", "hygiene")
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    case: Case
+    expected: np.ndarray  # f64
+    error: np.ndarray  # f64, what the target got wrong
+    broken: np.ndarray  # bool, where it is not finite
+
+
+def _evidence(case: Case, target: Target) -> _Evidence | None:
+    try:
+        output, _ = target.run(case)
+    except Exception:  # the failure may be that it raises; then there are no numbers to explain
+        return None
+    expected, _ = attend(case)
+    if output.shape != expected.shape:
+        return None
+    return _Evidence(case, expected, *_errors(output, expected))
+
+
+def _errors(output: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    got = output.astype(np.float64)
+    broken = ~np.isfinite(got) & np.isfinite(expected)
+    error = np.where(broken | ~np.isfinite(expected), 0.0, got - expected)
+    # Rounding is no symptom: the smallest step of the output dtype near each answer is taken off.
+    step = 2.0**-8 if output.dtype.itemsize == 2 else 2.0**-20
+    return np.where(np.abs(error) <= 2 * step * np.abs(expected) + 1e-30, 0.0, error), broken
+
+
+@lru_cache(maxsize=512)
+def _kernel(mutant: Mutant, tile: Launch):
+    launch = dataclasses.replace(
+        tile, splits=mutant.splits, shards=mutant.shards, bugs=frozenset({mutant.id})
+    )
+    return model.launched(launch)
+
+
+def _distance(mutant: Mutant, evidence: Sequence[_Evidence]) -> float:
+    """The mean distance over the evidence, at the tile sizes that explain it best."""
+    return min(float(np.mean([_apart(_kernel(mutant, tile), e) for e in evidence])) for tile in TILES)
+
+
+def _apart(kernel, evidence: _Evidence) -> float:
+    """0 for the same errors in the same places, 1 for nothing in common."""
+    case = evidence.case
+    output = kernel(*(None if a is None else np.array(a) for a in case.arrays), **case.options)
+    error, broken = _errors(output, evidence.expected)
+    either = broken | evidence.broken
+    nan_part = 1 - (broken & evidence.broken).sum() / either.sum() if either.any() else None
+    size = np.linalg.norm(error) + np.linalg.norm(evidence.error)
+    value_part = np.linalg.norm(error - evidence.error) / size if size > 0 else None
+    parts = [part for part in (nan_part, value_part) if part is not None]
+    return float(np.mean(parts)) if parts else 0.0
+
+
+def accepts_illegal(plan: Plan, target: Target) -> list[Judgement]:
+    """The illegal values that a target which promises to validate lets pass."""
+    return judge_rejections(build(plan), target)

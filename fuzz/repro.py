@@ -1,0 +1,186 @@
+"""A failure as a script: literal numbers, NumPy and the target only, at most 25 lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fuzz.build import build
+from fuzz.diagnose import Diagnosis
+from fuzz.judge import Judgement, judge_case
+from fuzz.plan import Plan
+from fuzz.targets import ADAPTERS, BACKENDS, Target
+from oracle import Case
+from oracle.case import array_literal
+
+LINES = 25
+SEED_LIMIT = 400  # numbers past which an array travels in case.npz, not in the text
+
+
+def simplified(case: Case, target: Target, judgement: Judgement) -> Case:
+    """The case with rounder numbers, if it still fails in the same way: integers, else one decimal, else as it is."""
+    for decimals in (0, 1, 2):
+        rounder = _rounded(case, decimals)
+        if rounder is None:
+            continue
+        again = judge_case(rounder, target)
+        if again.status == judgement.status and again.verdict is not None and again.verdict.token is not None:
+            return rounder
+    return case
+
+
+def _rounded(case: Case, decimals: int) -> Case | None:
+    changes = {}
+    for name in ("queries", "kv_pages", "softmax_aux"):
+        value = getattr(case, name)
+        if value is None or value.dtype == np.int8:
+            continue
+        numbers = np.round(value.astype(np.float64), decimals)
+        changes[name] = (numbers + 0.0).astype(value.dtype)  # no -0 to read
+    rounder = case.replace(**changes)
+    return None if rounder.hash == case.hash else rounder
+
+
+def script(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+    """The reproducer of a failing case, by the kind of its failure."""
+    if judgement.verdict is not None and judgement.verdict.sequence is not None and judgement.kind != "exact":
+        return _wrong_number(case, target, judgement, diagnosis)
+    return _two_calls(case, target, judgement, diagnosis)
+
+
+def _head(target: Target, judgement: Judgement, diagnosis: Diagnosis) -> list[str]:
+    text = f"{target.name}: {judgement.text}".replace("\\", "/").replace('"', "'").split("\n")[0]
+    return [f'"""{text[:240]}', f'{str(diagnosis)[:1].upper()}{str(diagnosis)[1:]}."""', *_imports(target)]
+
+
+def _imports(target: Target) -> list[str]:
+    module, _, function = target.name.partition(":")
+    known = target.name in BACKENDS or target.name in ADAPTERS or module == "mutant" or not function
+    how = f'from fuzz.targets import load; target = load("{target.name}").call'
+    return [
+        "import ml_dtypes, numpy as np",
+        how if known or "." in function else f"from {module} import {function} as target",
+    ]
+
+
+def _arguments(case: Case) -> list[str]:
+    """The call's arguments, one line each, numbers spelled out; a big array comes from the file beside the script."""
+    lines = []
+    for name, short in (("queries", "q"), ("kv_pages", "kv")):
+        value = getattr(case, name)
+        if value.size > SEED_LIMIT:
+            lines.append(
+                f'{short} = __import__("oracle").Case.load(__file__.replace("reproduce.py", "case.npz")).{name}'
+            )
+        else:
+            lines.append(f"{short} = {array_literal(value)}")
+    metadata = ", ".join(
+        array_literal(a) for a in (case.context_lens, case.block_tables, case.query_start_loc)
+    )
+    lines.append(f"context_lens, tables, starts = {metadata}")
+    sinks = "None" if case.softmax_aux is None else array_literal(case.softmax_aux)
+    lines.append(f"num_seqs, sinks = np.array([{case.num_seqs}], np.int32), {sinks}")
+    options = ", ".join(f"{name}={_plain(value)}" for name, value in case.options.items())
+    lines.append(f"options = dict({options})")
+    return lines
+
+
+def _plain(value: object) -> str:
+    return array_literal(value) if isinstance(value, np.ndarray) else repr(value)
+
+
+def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+    """Expected, got, bound at the worst element, and the key whose loss or addition gives what was got."""
+    v = judgement.verdict
+    assert v is not None
+    kv_head = (v.head or 0) // case.group
+    k_scale, v_scale = (_scale_at(s, kv_head) for s in (case.k_scale, case.v_scale))
+    sink = "-np.inf" if case.softmax_aux is None else f"float(sinks[{v.head}])"
+    cap = case.logits_soft_cap
+    low = 0 if case.sliding_window is None else f"max(0, position - {case.sliding_window - 1})"
+    lines = [
+        *_head(target, judgement, diagnosis),
+        *_arguments(case),
+        f"row, head, dim, sequence, position = {v.token}, {v.head}, {v.dim}, {v.sequence}, {v.position}",
+        "got = float(np.asarray(target(q, kv, context_lens, tables, starts, num_seqs, sinks, **options))[row, head, dim])",
+        "",
+        f"def attend(keys):  # float64, query head {v.head}, kv head {kv_head}, over these keys of the sequence",
+        f"    slots = [kv[tables[sequence, j // {case.page_size}], j % {case.page_size}].astype(float) for j in keys]",
+        f"    x = np.array([{case.scale!r} * q[row, head].astype(float) @ s[{2 * kv_head}]{k_scale} for s in slots] + [{sink}])",
+        *([f"    x[:-1] = {cap} * np.tanh(x[:-1] / {cap})"] if cap else []),
+        "    w = np.exp(x - max(x.max(), -1e30))",
+        f"    return float(sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300))",
+        "",
+        f"seen = set(range({low}, position + 1))",
+        f'print(f"expected={{attend(sorted(seen)):.9g}} {{got=:.9g}} bound={v.bound:.3g}")',
+        f"changed = {{j: attend(sorted(seen ^ {{j}})) for j in range(tables.shape[1] * {case.page_size})"
+        f" if 0 <= tables[sequence, j // {case.page_size}] < len(kv)}}",
+        "key = min(changed, key=lambda j: abs(changed[j] - got), default=None)",
+        f"explained = key is not None and abs(changed[key] - got) <= {v.bound:.9g}",
+        """print(f"as if key {key} were {'missing' if key in seen else 'seen too'}" if explained else "no one key explains it")""",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scale_at(scale: object, head: int) -> str:
+    if scale is None:
+        return ""
+    return f" * {float(scale[head]) if isinstance(scale, np.ndarray) else scale!r}"
+
+
+def _two_calls(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+    """The calls that show a failure which is no single wrong number: what happens, then what must."""
+    call = "target(q, kv, context_lens, tables, starts, num_seqs, sinks, **options)"
+    lines = [*_head(target, judgement, diagnosis), *_arguments(case), *_CALLS.get(judgement.kind, _PLAIN)]
+    if judgement.kind == "accepts":
+        name, _, value = judgement.text.split(" ")[0].partition("=")
+        lines = [line for line in lines if line not in _PLAIN]
+        lines += [f'print("must raise ValueError naming {name}:")', call.replace("**options", f'**dict(options, {name}=float("{value}"))').join(("print(", ")"))]  # fmt: skip
+    return "\n".join(line.replace("CALL", call) for line in lines) + "\n"
+
+
+_PLAIN = ("print(np.asarray(CALL).astype(float))",)
+_CALLS = {
+    "determinism": (
+        "answers = [np.asarray(CALL).astype(float) for _ in range(20)]",
+        'print("largest difference between two equal calls:", max(np.abs(a - answers[0]).max() for a in answers), "must be 0")',
+    ),
+    "input": (
+        "before = q.copy(), kv.copy()",
+        "CALL",
+        'print("arguments unchanged:", q.tobytes() == before[0].tobytes(), kv.tobytes() == before[1].tobytes())',
+    ),
+    "poison": (
+        "one = np.asarray(CALL).astype(float)",
+        "kv = np.where(np.isnan(kv.astype(float)), 200.0, kv.astype(float)).astype(kv.dtype)  # slots nobody may see",
+        "two = np.asarray(CALL).astype(float)",
+        'print("changed by slots nobody may see:", np.argwhere(one != two).tolist(), "must be []")',
+    ),
+    "relation:alone": (
+        "together = np.asarray(CALL).astype(float)",
+        "for s in range(int(num_seqs[0])):",
+        "    rows = slice(starts[s], starts[s + 1])",
+        "    one = starts.copy(); one[: s + 1] = starts[s]; one[s + 1 :] = starts[s + 1]  # the others own no rows",
+        "    single = np.asarray(target(q, kv, context_lens, tables, one, num_seqs, sinks, **options)).astype(float)",
+        '    print("sequence", s, "alone differs by", np.abs(single - together)[rows].max(initial=0), "must be 0")',
+    ),
+}
+
+
+def leave(folder: Path, plan: Plan, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> Judgement:
+    """Write `case.npz` and `reproduce.py` of a shrunk failure into a folder; the judgement of the case as written."""
+    from fuzz.files import write_atomically
+
+    case = build(plan)
+    if judgement.kind in ("bound", "nan") and judgement.status == "fail":
+        # Numbers say which key was read; NaN only says that one was.
+        tame = build(plan, "tame")
+        case = tame if judge_case(tame, target).kind == "bound" and judge_case(tame, target).bad else case
+        case = simplified(case, target, judgement)
+        again = judge_case(case, target)
+        judgement = again if again.bad else judgement
+    text = script(case, target, judgement, diagnosis)
+    write_atomically(folder / "case.npz", case.save)
+    write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
+    return judgement

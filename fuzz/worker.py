@@ -1,0 +1,163 @@
+"""What a campaign's child process does: draw plans by chunks, judge each, shrink what fails."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import target as maximise
+
+from fuzz.build import build
+from fuzz.judge import Judgement, judge_plan, judge_rejections
+from fuzz.plan import SMALLEST, Plan, Shape, first_shapes
+from fuzz.shrink import same_symptom, shrink
+from fuzz.strategies import plans
+from fuzz.targets import Target, load
+
+FIRST_SHAPES, CASES_A_SHAPE = 15, 410  # 39 compilations in the first 10,000 cases
+CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
+REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A stretch of cases: its number seeds it, so no two chunks of a campaign draw the same stream."""
+
+    number: int
+    cases: int
+    judged_before: int  # by the whole campaign: decides how many shapes are open
+    plans: tuple[Plan, ...] = ()  # judged as they are, instead of drawn
+
+
+@dataclass
+class State:
+    """What a worker knows across its chunks."""
+
+    target: Target
+    seed: int
+    share: tuple[int, int]  # (this worker, workers)
+    out: Path
+    reduce: bool
+    reduced: list[Judgement] = field(default_factory=list)
+    compiled: int = 0
+    listening: bool = False
+    unsupported: dict[Shape, str] = field(default_factory=dict)
+
+
+def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: str, reduce: bool) -> None:
+    """Answer tasks until there are none: `("ready", …)`, then for each chunk `("begin", plan)`, `("end", …)`, `("done", …)`."""
+    state = State(load(name), seed, share, Path(out), reduce)
+    _keep_compilations(Path(out))
+    pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
+    while (chunk := pipe.recv()) is not None:
+        _run(pipe, state, chunk)
+        pipe.send(("done", chunk.number))
+
+
+def chunk_seed(seed: int, chunk: int) -> int:
+    """The seed of a chunk."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{chunk}".encode()).digest()[:8], "big")
+
+
+def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
+    """The shapes a chunk draws from: this worker's share of those open so far, less what the target does not take."""
+    cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
+    count = FIRST_SHAPES + judged // (CASES_A_CHEAP_SHAPE if cheap else CASES_A_SHAPE)
+    mine, workers = state.share
+    pool = first_shapes(state.seed, max(count, workers))[mine::workers]
+    return tuple(s for s in pool if s not in state.unsupported) or pool
+
+
+def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
+    if chunk.plans:
+        for plan in chunk.plans:
+            _one(pipe, state, plan)
+        return
+    left = chunk.cases
+    pool = open_shapes(state, chunk.judged_before)
+
+    @seeded(chunk_seed(state.seed, chunk.number))
+    @settings(
+        max_examples=chunk.cases,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
+        phases=[Phase.generate, Phase.target],
+    )
+    @given(plans(pool))
+    def judged(plan: Plan) -> None:
+        nonlocal left
+        if left == 0:
+            return
+        left -= 1
+        judgement = _one(pipe, state, plan)
+        if 0 < judgement.ratio <= 1:
+            maximise(judgement.ratio, label="error / bound")
+
+    judged()
+
+
+def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
+    """Judge one plan, telling the parent before and after; shrink a failure of a new sort."""
+    pipe.send(("begin", plan))
+    began = time.monotonic()
+    judgement = judge_plan(plan, state.target)
+    if judgement.status == "skipped":
+        state.unsupported[plan.shape] = judgement.text
+    _listen(state)
+    report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
+              "seconds": time.monotonic() - began, "compiled": state.compiled}  # fmt: skip
+    pipe.send(("end", plan, report))
+    if judgement.bad and state.reduce and len(state.reduced) < REDUCTIONS:
+        if sum(same_symptom(judgement, known) for known in state.reduced) < 2:
+            state.reduced.append(judgement)
+            pipe.send(("failure", reduce(state, plan, judgement)))
+    return judgement
+
+
+def reduce(state: State, plan: Plan, judgement: Judgement) -> dict[str, Any]:
+    """Shrink and explain a failure, and write its folder."""
+    return left_behind(plan, state.target, judgement, state.out)
+
+
+def left_behind(plan: Plan, target: Target, judgement: Judgement, out: Path) -> dict[str, Any]:
+    """Shrink a failing plan, diagnose it, and leave `failures/<id>/` behind; what the record says about it."""
+    from fuzz.diagnose import diagnose
+    from fuzz.repro import leave
+
+    small = shrink(plan, target, judgement)
+    diagnosis = diagnose([small.plan, plan], target, small.judgement)
+    name = f"{judgement.kind.replace(':', '-')}-{diagnosis.mutant or 'unknown'}"
+    final = leave(out / "failures" / name, small.plan, target, small.judgement, diagnosis)
+    return {
+        "id": name, "kind": judgement.kind, "status": judgement.status, "text": final.text, "diagnosis": str(diagnosis),
+        "family": diagnosis.family, "mutant": diagnosis.mutant, "plan": small.plan.to_json(), "found": plan.to_json(),
+        "shrink_seconds": round(small.seconds, 2), "tried": small.tried,
+    }  # fmt: skip
+
+
+def _listen(state: State) -> None:
+    """Count XLA compilations once the target has imported JAX."""
+    if state.listening or "jax" not in sys.modules:
+        return
+    import jax.monitoring
+
+    def compiled(event: str, seconds: float, **rest: Any) -> None:
+        state.compiled += event.endswith("backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    state.listening = True
+
+
+def _keep_compilations(out: Path) -> None:
+    """Let workers and a resumed campaign share compiled programs through JAX's own cache, set before it is imported."""
+    import os
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
