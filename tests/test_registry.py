@@ -1,0 +1,273 @@
+"""The registry: built-in and added kernels by platform, chip and priority, and the words of every refusal."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_call
+
+from rpa import (
+    Backend,
+    KernelSpec,
+    Platform,
+    RaggedPageAttentionv2Config,
+    detect_platform,
+    explain,
+    kernel_registry,
+    ragged_page_attention_v2,
+    registered,
+    registry,
+)
+from rpa.device import Device
+
+ALGORITHM = "ragged_page_attention_v2"
+H200, V6E, CPU = Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v6 lite"), Device("cpu", "cpu")
+
+
+@pytest.fixture
+def add():
+    """Registers kernels for the length of one test."""
+    added = []
+
+    def register(kernel, *where, algorithm=ALGORITHM, **facts):
+        added.append(kernel_registry.register(algorithm, *where, **facts)(kernel))
+        return kernel
+
+    yield register
+    for kernel in added:
+        kernel_registry.unregister(kernel)
+
+
+def _kernel(value: float):
+    """A kernel with the seed's keywords that answers `value`."""
+
+    def kernel(
+        queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_scale=None,
+        logits_soft_cap=None, compute_dtype=jnp.bfloat16, optimized=False, sliding_window=None, softmax_aux=None,
+        mask_value=None, num_kv_pages_per_block=None, num_queries_per_block=None, vmem_limit_bytes=None,
+        num_warps=None, num_stages=None,
+    ):  # fmt: skip
+        return jnp.full(queries.shape, value, queries.dtype)
+
+    return kernel
+
+
+def _answer(**options) -> float:
+    return float(np.asarray(ragged_page_attention_v2(**small_call.arguments(), **options)).ravel()[0])
+
+
+# ------------------------------------------------------------------ built-in kernels
+
+
+def test_every_built_in_kernel_is_listed_as_a_callable_with_the_operations_keywords():
+    specs = kernel_registry.list_implementations(ALGORITHM)
+    assert {spec.platform for spec in specs} <= set(Platform)
+    assert [spec.priority for spec in specs] == [0] * len(specs)
+    for spec in specs:
+        assert isinstance(spec, KernelSpec)
+        names = set(inspect.signature(spec.implementation).parameters)
+        assert {"queries", "num_seqs", "softmax_aux", "num_kv_pages_per_block", "num_stages"} <= names
+    assert kernel_registry.validate_signatures(ALGORITHM)
+    assert kernel_registry.list_algorithms() == [ALGORITHM]
+
+
+@pytest.mark.parametrize("slot", registry.builtin(), ids=lambda slot: slot.name)
+@pytest.mark.parametrize("device", [CPU, H200, V6E], ids=lambda device: device.platform)
+def test_a_built_in_backend_answers_for_every_chip(slot, device):
+    try:
+        implementation = registry.load(slot.name)
+    except ImportError as error:
+        pytest.skip(f"{slot.name} is not installed here: {error}")
+    assert implementation.name == slot.name
+    reason = implementation.supports(registry.TYPICAL, device)
+    assert reason is None or (isinstance(reason, str) and reason)
+    if device.platform in slot.chips and reason is None:
+        configs = (
+            implementation.heuristic(registry.TYPICAL, device),
+            *implementation.candidates(registry.TYPICAL, device),
+        )
+        assert all(isinstance(config, RaggedPageAttentionv2Config) for config in configs)
+        assert len(configs) <= 64
+        assert {"u", "u_p", "block"} <= implementation.claim(registry.TYPICAL, device).keys()
+
+
+def test_the_xla_kernel_got_from_the_registry_is_the_public_functions():
+    call = small_call.arguments()
+    kernel = kernel_registry.get(ALGORITHM, Platform.XLA)
+    cfg = RaggedPageAttentionv2Config(num_queries_per_block=8, num_kv_pages_per_block=2, platform="xla")
+    answer = kernel(**call, num_queries_per_block=8, num_kv_pages_per_block=2)
+    assert np.array_equal(answer, ragged_page_attention_v2(**call, cfg=cfg))
+    with pytest.raises(ValueError, match="sliding_window=0"):
+        kernel(**call, sliding_window=0)
+
+
+def test_a_kernel_got_for_another_chip_says_where_it_runs():
+    if "triton" not in {slot.name for slot in registry.builtin()}:
+        pytest.skip("the Triton backend is not part of this tree")
+    kernel = kernel_registry.get(ALGORITHM, "triton", "gpu")
+    with pytest.raises(ValueError, match=r"triton: it runs on gpu.*lowered for cpu"):
+        kernel(**small_call.arguments())
+
+
+# ------------------------------------------------------------------ added kernels
+
+
+def test_an_added_kernel_is_reached_by_its_platform(add):
+    add(_kernel(7), "cuda", "any")
+    assert _answer(platform="cuda") == 7
+    assert _answer() != 7  # the built-in kernels come first among equals
+
+
+def test_the_higher_priority_is_preferred(add):
+    add(_kernel(1), "cuda", "any", priority=1)
+    add(_kernel(3), "CUDA", "ANY", priority=3)
+    add(_kernel(2), "cuda", "any", priority=2)
+    assert _answer() == _answer(platform="cuda") == 3
+    priorities = [spec.priority for spec in kernel_registry.list_implementations(ALGORITHM)]
+    assert priorities == sorted(priorities, reverse=True)
+    assert float(np.ravel(kernel_registry.get(ALGORITHM, "cuda")(**small_call.arguments()))[0]) == 3
+
+
+def test_an_added_kernel_of_a_taken_platform_wins_by_priority_only(add):
+    add(_kernel(7), "xla", "cpu", priority=1)
+    assert _answer(platform="xla") == 7
+    assert explain(**small_call.arguments()).backend.endswith("_kernel.<locals>.kernel")
+
+
+def test_a_kernel_for_another_chip_is_not_reached(add):
+    add(_kernel(7), "cuda", "gpu", priority=9)
+    assert _answer() != 7
+    with pytest.raises(ValueError, match=r"it runs on gpu, and this call is lowered for cpu"):
+        _answer(platform="cuda")
+
+
+def test_an_option_that_an_added_kernel_does_not_take_is_refused_not_ignored(add):
+    add(lambda queries, **kw: queries * 0 + 7, "cuda", "any")  # takes everything
+
+    def plain(queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs):
+        return queries * 0 + 5
+
+    add(plain, "cuda", "any", priority=1)
+    assert _answer(platform="cuda") == 5
+    options = {
+        "sliding_window": 2,
+        "logits_soft_cap": 5.0,
+        "softmax_scale": 0.1,
+        "softmax_aux": np.zeros(4, np.float32),
+    }
+    for name, value in options.items():
+        assert _answer(platform="cuda", **{name: value}) == 7
+        refusals = explain(**small_call.arguments(), platform="cuda", **{name: value}).refusals
+        assert (
+            next(reason for kernel, reason in refusals.items() if "plain" in kernel) == f"it takes no {name}"
+        )
+
+
+def test_an_added_kernel_may_say_what_it_supports_and_how_it_is_tuned(add):
+    cfg = RaggedPageAttentionv2Config(num_warps=2, platform="cuda")
+    add(
+        _kernel(7), "cuda", "any", heuristic=lambda signature, device: cfg,
+        supports=lambda signature, device: "head size 16 is too small" if signature.head_dim == 16 else None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="head size 16 is too small"):
+        _answer(platform="cuda")
+    slot = next(slot for slot in registry.exists() if slot.platform == "cuda")
+    assert registry.why_not(slot, registry.TYPICAL, CPU) is None
+    assert registry.implementation_of(slot).heuristic(registry.TYPICAL, CPU) == cfg
+
+
+def test_a_kernel_that_returns_lse_is_asked_for_it(add):
+    def kernel(queries, return_lse=False, **_):
+        return (queries, queries[..., 0]) if return_lse else queries
+
+    add(kernel, "cuda", "any")
+    output, lse = ragged_page_attention_v2(**small_call.arguments(), platform="cuda", return_lse=True)
+    assert (output.shape, lse.shape) == ((6, 4, 16), (6, 4))
+
+
+def test_kernels_of_another_algorithm_are_kept_apart(add):
+    def other(x):
+        return x + 1
+
+    add(other, "xla", "any", algorithm="Other")
+    assert kernel_registry.list_algorithms() == ["other", ALGORITHM]
+    assert kernel_registry.get("OTHER") is other
+    assert detect_platform("other") == Platform.XLA
+    assert kernel_registry.validate_signatures()
+
+
+def test_differing_signatures_are_named_in_a_warning(add):
+    add(lambda queries, window=3: queries, "cuda", "any")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert kernel_registry.validate_signatures(ALGORITHM) is False
+    texts = " ".join(str(warning.message) for warning in caught)
+    assert "parameter 'window' is positional or keyword = 3, and missing" in texts
+    assert "parameter 'kv_pages' is missing" in texts
+    assert "num_warps" not in texts  # kernels may differ in what only tunes them
+
+
+@pytest.mark.parametrize(
+    ("where", "facts", "text"),
+    [
+        (("cudnn", "gpu"), {}, "platform='cudnn': one of triton, pallas, cuda, xla"),
+        (("xla", "fpga"), {}, "backend='fpga': one of gpu, tpu, cpu, mps, any"),
+        (("xla", "cpu"), {"claims": 1}, "'claims' is unknown"),
+    ],
+)
+def test_what_nobody_knows_cannot_be_registered(where, facts, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        kernel_registry.register(ALGORITHM, *where, **facts)
+
+
+def test_a_missing_kernel_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"platform='cuda'.*there are: .*xla/any"):
+        kernel_registry.get(ALGORITHM, "cuda")
+    with pytest.raises(ValueError, match="algorithm='nonsense' has no kernel"):
+        kernel_registry.get("nonsense")
+
+
+# ------------------------------------------------------------------ refusals and detection
+
+
+def test_a_refusal_gives_every_backends_reason_and_who_can_take_the_call():
+    with pytest.raises(ValueError, match="platform='cuda' has no kernel") as caught:
+        _answer(platform="cuda")
+    text = str(caught.value)
+    for slot in registry.exists():
+        assert f"{slot.name}: " in text or f"platform={slot.platform!r}" in text
+    assert "Backends that can take it here: platform='xla'" in text
+
+
+def test_when_nobody_can_the_refusal_says_none(add):
+    with pytest.raises(ValueError, match="can take it here: none"):
+        registry.resolve("auto", replace(registry.TYPICAL, head_dim=64), Device("mps", "an Apple chip"))
+
+
+@pytest.mark.parametrize("platform", [None, "auto"])
+def test_detection_takes_what_can_run_on_the_device(platform, monkeypatch):
+    assert detect_platform(ALGORITHM, platform) == Platform.XLA
+    assert detect_platform() == Platform.XLA
+    everyone = {"tpu": "pallas", "gpu": "pallas", "cpu": "xla"}
+    takes_all = replace(registry.load("xla"), supports=lambda signature, device: None)
+    monkeypatch.setattr(registry, "load", lambda name: takes_all)
+    monkeypatch.setattr(registry, "_has_module", lambda module: True)
+    for device in (H200, V6E, CPU):
+        monkeypatch.setattr(registered, "current", lambda device=device: device)
+        assert detect_platform(ALGORITHM, platform) == everyone[device.platform]
+    monkeypatch.setattr(registry, "_has_module", lambda module: "pallas_gpu" not in module)
+    monkeypatch.setattr(registered, "current", lambda: H200)
+    assert detect_platform(ALGORITHM, platform) == Platform.TRITON
+
+
+def test_detection_of_a_platform_without_kernel_is_an_error():
+    with pytest.raises(ValueError, match=r"platform=.*cuda.*there are"):
+        detect_platform(ALGORITHM, "cuda")
+    with pytest.raises(ValueError, match="platform='tilelang'"):
+        detect_platform(ALGORITHM, "tilelang")
+    assert Backend("any") is Backend.ANY
