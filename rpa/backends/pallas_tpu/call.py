@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rpa import layout
 from rpa.backends.pallas_tpu import kernel, tiles
-from rpa.backends.pallas_tpu.plan import TABLE_LEAD, Plan
+from rpa.backends.pallas_tpu.plan import TABLE_SLOTS, Plan
 from rpa.signature import Inputs, Signature
 
 NAME = "ragged_paged_attention"
@@ -74,7 +74,7 @@ def _scratch(plan: Plan, stored: Any) -> list[Any]:
     rows = plan.heads * plan.decode_rows
     scratch = [
         pltpu.SMEM((8,), jnp.int32),
-        pltpu.SMEM((TABLE_LEAD * plan.table_entries,), jnp.int32),
+        pltpu.SMEM((TABLE_SLOTS * plan.table_entries,), jnp.int32),
         pltpu.VMEM((plan.buffers, plan.block_pages, plan.page, 2 * plan.heads, plan.head_dim), stored),
         pltpu.VMEM((plan.lane_tiles, plan.keys * plan.word_pitch, 128), words),
         pltpu.VMEM(tile, kind),
@@ -90,7 +90,7 @@ def _scratch(plan: Plan, stored: Any) -> list[Any]:
     ]
     if plan.lse:
         scratch.append(pltpu.VMEM((2, *packed), f32))
-    semaphores = (TABLE_LEAD, plan.buffers, 2, 2, 2) if plan.lse else (TABLE_LEAD, plan.buffers, 2, 2)
+    semaphores = (TABLE_SLOTS, plan.buffers, 2, 2, 2) if plan.lse else (TABLE_SLOTS, plan.buffers, 2, 2)
     return scratch + [pltpu.SemaphoreType.DMA((count,)) for count in semaphores]
 
 

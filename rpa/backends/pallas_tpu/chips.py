@@ -128,7 +128,8 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
     """The heuristic's config and its neighbours that fit, for the tuner to time."""
     first = heuristic(signature, device)
     pages, rows = first.num_kv_pages_per_block, first.num_queries_per_block
-    assert pages is not None and rows is not None
+    assert pages is not None
+    assert rows is not None
     tried = [first]
     for more_pages in (pages, pages // 2, pages * 2):
         for more_rows in (rows, rows * 2, rows // 2):

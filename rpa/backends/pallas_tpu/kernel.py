@@ -16,6 +16,7 @@ Past 400 lines because it is one kernel: cursors, staging, two score paths and t
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.backends.pallas_tpu.plan import LANES, TABLE_ENTRIES, TABLE_LEAD, Plan, power_of_two_below
+from rpa.backends.pallas_tpu.plan import (
+    LANES,
+    TABLE_ENTRIES,
+    TABLE_LEAD,
+    TABLE_SLOTS,
+    Plan,
+    power_of_two_below,
+)
 from rpa.backends.pallas_tpu.tiles import Tiles
 
 LOG2E = float(np.log2(np.e))
@@ -52,7 +60,7 @@ class Refs(NamedTuple):
     out: jax.Ref  # HBM [T, q_heads, head_dim]
     lse: jax.Ref | None  # HBM f32 [N, heads, 1, packed_rows]
     cursor: jax.Ref  # SMEM int32 [8]
-    table: jax.Ref  # SMEM int32 [TABLE_LEAD * table_entries]
+    table: jax.Ref  # SMEM int32 [TABLE_SLOTS * table_entries]
     raw: jax.Ref  # VMEM [buffers, block_pages, page, 2 * heads, head_dim]
     words: jax.Ref  # VMEM u32 or f32 [lane_tiles, keys * word_pitch, 128]
     q_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
@@ -66,7 +74,7 @@ class Refs(NamedTuple):
     decode_l: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
     decode_acc: jax.Ref  # VMEM f32 [heads * decode_rows, dim]
     lse_tile: jax.Ref | None  # VMEM f32 [2, heads, 1, packed_rows]
-    table_sem: jax.Ref  # DMA [TABLE_LEAD]
+    table_sem: jax.Ref  # DMA [TABLE_SLOTS]
     page_sem: jax.Ref  # DMA [buffers]
     q_sem: jax.Ref  # DMA [2]
     out_sem: jax.Ref  # DMA [2]
@@ -137,8 +145,9 @@ def _start_cursors(refs: Refs, plan: Plan, core) -> None:
         return carry
 
     def fill(_, carry):
-        _fetch_pages(refs, plan)
+        _wait_table(refs, plan)
         _fetch_table(refs, plan)
+        _fetch_pages(refs, plan)
         return carry
 
     lax.fori_loop(0, TABLE_LEAD, ask, 0)
@@ -150,7 +159,7 @@ def _drain_tables(refs: Refs, plan: Plan) -> None:
 
     def wait(_, slot):
         _table_copy(refs, plan, 0, slot).wait()
-        return jnp.where(slot + 1 == TABLE_LEAD, 0, slot + 1)
+        return jnp.where(slot + 1 == TABLE_SLOTS, 0, slot + 1)
 
     lax.fori_loop(0, TABLE_LEAD, wait, refs.cursor[PAGE_TABLE_SLOT])
 
@@ -181,7 +190,12 @@ def _fetch_table(refs: Refs, plan: Plan) -> None:
     slot = refs.cursor[TABLE_SLOT]
     _table_copy(refs, plan, refs.tiles.seq[tile] * plan.slices + part, slot).start()
     _advance(refs, plan, TABLE_TILE, TABLE_BLOCK, tile, block)
-    _next_slot(refs, TABLE_SLOT, TABLE_LEAD)
+    _next_slot(refs, TABLE_SLOT, TABLE_SLOTS)
+
+
+def _wait_table(refs: Refs, plan: Plan) -> None:
+    """Wait for the page ids of the second cursor's block."""
+    _table_copy(refs, plan, 0, refs.cursor[PAGE_TABLE_SLOT]).wait()
 
 
 def _page_range(refs: Refs, plan: Plan, tile, block):
@@ -196,31 +210,21 @@ def _fetch_pages(refs: Refs, plan: Plan) -> None:
     """Ask for the pages of the second cursor's block, one transfer a page, all on the slot's semaphore."""
     tile, block = refs.cursor[PAGE_TILE], refs.cursor[PAGE_BLOCK]
     table_slot, slot = refs.cursor[PAGE_TABLE_SLOT], refs.cursor[PAGE_SLOT]
-    _table_copy(refs, plan, 0, table_slot).wait()
     first, end = _page_range(refs, plan, tile, block)
     within = block & (plan.table_entries // plan.block_pages - 1)
     offset = table_slot * plan.table_entries + within * plan.block_pages
 
-    def start(page, carry):
+    def start(page):
         source = refs.table[offset + page]
         pltpu.make_async_copy(refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot]).start()
-        return carry
 
     if plan.block_pages <= UNROLLED_PAGES:
-        whole = end - first == plan.block_pages
-
-        @pl.when(whole)
-        def _():
-            for page in range(plan.block_pages):
-                start(page, 0)
-
-        @pl.when(~whole)
-        def _():
-            lax.fori_loop(first, end, start, 0)
+        for page in range(plan.block_pages):
+            pl.when((page >= first) & (page < end))(functools.partial(start, page))
     else:
-        lax.fori_loop(first, end, start, 0)
+        lax.fori_loop(first, end, lambda page, carry: start(page) or carry, 0)
     _advance(refs, plan, PAGE_TILE, PAGE_BLOCK, tile, block)
-    _next_slot(refs, PAGE_TABLE_SLOT, TABLE_LEAD)
+    _next_slot(refs, PAGE_TABLE_SLOT, TABLE_SLOTS)
     _next_slot(refs, PAGE_SLOT, plan.buffers)
 
 
@@ -323,7 +327,7 @@ def _each_block(refs: Refs, plan: Plan, tile, fold) -> None:
     first = 0 if plan.window is None else jnp.maximum(position - plan.window + 1, 0)
 
     def step(block, carry):
-        _fetch_pages(refs, plan)
+        _wait_table(refs, plan)
         _fetch_table(refs, plan)
         slot = refs.cursor[SLOT]
         _wait_pages(refs, plan, tile, block, slot)
@@ -331,6 +335,8 @@ def _each_block(refs: Refs, plan: Plan, tile, fold) -> None:
         base = block * plan.tokens
         _clear_dead(refs, plan, slot, first - base, end - base)
         _unpack(refs, plan, slot)
+        # Here, because nothing below touches `raw`: the compiler packs these instructions between those of the dots.
+        _fetch_pages(refs, plan)
         fold(base)
         return carry
 

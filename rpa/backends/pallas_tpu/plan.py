@@ -15,6 +15,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "floa
 TABLE_ENTRIES = 128
 # Blocks that the table transfers run ahead of the page transfers, to hide their latency.
 TABLE_LEAD = 4
+# The next transfer starts before the ids of the current one are read.
+TABLE_SLOTS = TABLE_LEAD + 1
 
 
 def round_up(value: int, multiple: int) -> int:
