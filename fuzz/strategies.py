@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from hypothesis import strategies as st
 
-from fuzz.plan import AMPLITUDES, DATA, HOLES, TABLES, Plan, Shape
+from fuzz.plan import AMPLITUDES, DATA, HOLES, TABLES, TYPES, Plan, Shape
 
 MODES = ("mixed", "decode", "prefill", "chunk", "wild")
 # Weights by repetition.
-_DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "ladder", "normal")
+_DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder", "normal")
 CHECKS = ("second_fill",) * 5 + ("relation",) * 5 + ("plain",) * 4 + ("repeat",)
 
 
@@ -41,7 +41,7 @@ def expand(shape: Shape, data: str, mode: str, check: str, crowd: int, seed: int
         tables=chance.choice(TABLES),
         holes=chance.choice(HOLES),
         data=data,
-        amplitude=chance.choice(AMPLITUDES),
+        amplitude=chance.choice(AMPLITUDES) if data != "peaky" or TYPES[shape.types][2] == "float32" else 0.7,
         seed=seed & 0xFFFF,
         check=check,
     )
