@@ -3,8 +3,8 @@
 The group's heads are the *columns* of both products, S^T = K Q^T and O^T = V^T P^T, so that a row of eight heads costs
 an eight-wide wgmma instead of a padded 64-row one, and scores and sums are a few registers a thread. A worker is one
 producer warp, which gathers pages into a ring of [block, D] tiles, and one consumer warpgroup; a CTA holds several, so
-that the bubbles between two items of one are filled by the others. An item is (split, row, kv head); splits lie at fixed
-distances from the first block a row sees, so a row's bits depend on nothing but the row.
+that the bubbles between two items of one are filled by the others. An item is (unit, kv head), a unit one split of one
+row; splits lie at fixed distances from the first block a row sees, so a row's bits depend on nothing but the row.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ WG = plgpu.Layout.WGMMA
 class Tiling(NamedTuple):
     """Static parameters of the decode role."""
 
-    rows: int  # query rows it may be given, R
+    rows: int  # query rows it may be given, R; up to `rows * splits` units
     block: int  # keys a ring slot
     stages: int  # ring slots a worker
     chunk: int  # keys a split, a multiple of `block`
     splits: int  # splits a row can need
     workers: int  # warpgroups a CTA, each with its own ring
     ctas: int
+    interpreted: bool = False
 
     def columns(self, shape: Shape) -> int:
         return -(-shape.group // 8) * 8
 
-    def items(self, shape: Shape) -> int:
-        return self.splits * self.rows * shape.kv_heads
+    @property
+    def units(self) -> int:
+        return self.splits * self.rows
 
 
 class Item(NamedTuple):
@@ -88,32 +90,29 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     )
 
 
-def item_at(index, rows_ref, shape: Shape, tiling: Tiling) -> Item:
-    """Reads one item's row (i32 [3, R]: token, sequence, position or -1) and finds the keys of its split."""
-    head = lax.rem(index, I32(shape.kv_heads))
-    row_and_split = lax.div(index, I32(shape.kv_heads))
-    row = lax.rem(row_and_split, I32(tiling.rows))
-    split = lax.div(row_and_split, I32(tiling.rows))
-    position = rows_ref[2, row]
+def item_at(index, units_ref, shape: Shape, tiling: Tiling) -> Item:
+    """Reads one item's unit (token, sequence, position or -1, split) and finds its keys."""
+    head, unit = lax.rem(index, I32(shape.kv_heads)), lax.div(index, I32(shape.kv_heads))
+    token, sequence, position, split = (units_ref[field, unit] for field in range(4))
     low, base = first_key(position, shape.window, piece(shape.page, tiling.block))
     start = base + split * tiling.chunk
     stop = jnp.minimum(position + 1, start + tiling.chunk)
     blocks = ceil_div(jnp.maximum(stop - start, 0), tiling.block)
-    return Item(index, rows_ref[0, row], head, rows_ref[1, row], low, start, stop, blocks)
+    return Item(index, token, head, sequence, low, start, stop, blocks)
 
 
-def for_each_item(worker, shape: Shape, tiling: Tiling, rows_ref, body):
+def for_each_item(worker, units_ref, shape: Shape, tiling: Tiling, body):
     """Runs `body(item, step, nth)` over this worker's items; `step` counts ring slots used before, `nth` live items.
 
     Returns both counts after the last item.
     """
     workers = tiling.workers * tiling.ctas
-    total = tiling.items(shape)
+    total = units_ref[4, 0] * shape.kv_heads
     mine = lax.div(jnp.maximum(total - worker + (workers - 1), 0), I32(workers))
 
     def loop(i, carry):
         step, nth = carry
-        item = item_at(worker + i * workers, rows_ref, shape, tiling)
+        item = item_at(worker + i * workers, units_ref, shape, tiling)
         pl.when(item.blocks > 0)(lambda: body(item, step, nth))
         return step + item.blocks, nth + jnp.minimum(item.blocks, 1)
 
@@ -123,7 +122,7 @@ def for_each_item(worker, shape: Shape, tiling: Tiling, rows_ref, body):
 # ------------------------------------------------------------------ producer
 
 
-def produce(worker, q_ref, kv_ref, tables_ref, rows_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+def produce(worker, q_ref, kv_ref, tables_ref, units_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """The producer warp: queries, then the pages of each block, as ring slots fall free."""
     n = tiling.columns(shape)
 
@@ -139,7 +138,7 @@ def produce(worker, q_ref, kv_ref, tables_ref, rows_ref, s: Scratch, shape: Shap
                 item, item.start + i * tiling.block, last, step + i, kv_ref, tables_ref, s, shape, tiling
             )
 
-    drain(*for_each_item(worker, shape, tiling, rows_ref, body), s, tiling)
+    drain(*for_each_item(worker, units_ref, shape, tiling, body), s, tiling)
 
 
 def drain(step, nth, s: Scratch, tiling: Tiling) -> None:
@@ -175,7 +174,7 @@ def fill_slot(
 # ------------------------------------------------------------------ consumer
 
 
-def consume(worker, rows_ref, o_ref, m_ref, l_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+def consume(worker, units_ref, o_ref, m_ref, l_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """The consumer warpgroup: an online softmax over the blocks of each item, its partial result to global memory."""
     n, d = tiling.columns(shape), shape.head_dim
 
@@ -194,7 +193,7 @@ def consume(worker, rows_ref, o_ref, m_ref, l_ref, s: Scratch, shape: Shape, til
         m_ref[item.index] = m
         l_ref[item.index] = l.sum(axis=0)
 
-    for_each_item(worker, shape, tiling, rows_ref, body)
+    for_each_item(worker, units_ref, shape, tiling, body)
 
 
 def fold_block(item: Item, step, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
@@ -257,19 +256,40 @@ def across(column, like):
     return lax.broadcast_in_dim(column, like.shape, [1])
 
 
+REDUCTION = 1024  # bytes a warpgroup needs to reduce across its warps
+
+
+def own_scratch(nth: int, tiling: Tiling, body) -> None:
+    """Runs `body` where its reductions across warps have memory of their own.
+
+    Pallas places a reduction's scratch just past what is allocated where it stands, the same place in every warpgroup
+    (jax 0.11.2): two that reduce at once corrupt each other. An allocation of another length in each sets them apart.
+    """
+    if nth == 0 or tiling.interpreted:
+        body()
+    else:
+        pl.run_scoped(lambda _: body(), plgpu.SMEM((nth * REDUCTION,), jnp.int8), collective_axes="wg")
+
+
 # ------------------------------------------------------------------ the kernel of decode alone
 
 
-def partials(q, kv_pages, tables, rows, shape: Shape, tiling: Tiling):
-    """Unnormalised results of every (split, row, head): acc f32 [items, D, N], m (log 2) and l f32 [items, N].
+def partial_types(shape: Shape, tiling: Tiling) -> tuple:
+    """Unnormalised results of every (unit, kv head): acc [items, D, N], m (log 2) and l [items, N], all f32."""
+    items, n = tiling.units * shape.kv_heads, tiling.columns(shape)
+    dims = ((items, shape.head_dim, n), (items, n), (items, n))
+    return tuple(jax.ShapeDtypeStruct(d, jnp.float32) for d in dims)
+
+
+def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
+    """`partial_types`, computed; items of no keys are not written.
 
     Args:
         q: [T * Hkv * N, D], the group padded to N heads.
-        rows: i32 [3, R]: token, sequence, position (-1 where nothing is to be read). Items of no keys are not written.
+        units: i32 [5, units], see `plan.units_of_rows`.
     """
-    n, items = tiling.columns(shape), tiling.items(shape)
 
-    def body(q_ref, kv_ref, tables_ref, rows_ref, o_ref, m_ref, l_ref, *workers):
+    def body(q_ref, kv_ref, tables_ref, units_ref, o_ref, m_ref, l_ref, *workers):
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
         @pl.when(wg == tiling.workers)
@@ -282,26 +302,26 @@ def partials(q, kv_pages, tables, rows, shape: Shape, tiling: Tiling):
 
                     @pl.when(warp == w)
                     def _(w=w, s=s):
-                        produce(cta + w * tiling.ctas, q_ref, kv_ref, tables_ref, rows_ref, s, shape, tiling)
+                        produce(cta + w * tiling.ctas, q_ref, kv_ref, tables_ref, units_ref, s, shape, tiling)
 
         for w, s in enumerate(workers):
 
             @pl.when(wg == w)
             def _(w=w, s=s):
                 plgpu.set_max_registers({1: 232, 2: 232, 3: 152}[tiling.workers], action="increase")
-                consume(cta + w * tiling.ctas, rows_ref, o_ref, m_ref, l_ref, s, shape, tiling)
-
-    def out(*dims):
-        return jax.ShapeDtypeStruct(dims, jnp.float32)
+                worker = cta + w * tiling.ctas
+                own_scratch(
+                    w, tiling, lambda: consume(worker, units_ref, o_ref, m_ref, l_ref, s, shape, tiling)
+                )
 
     return plgpu.kernel(
         body,
-        out_type=(out(items, shape.head_dim, n), out(items, n), out(items, n)),
+        out_type=partial_types(shape, tiling),
         scratch_types=(scratch_types(shape, tiling),) * tiling.workers,
         grid=(tiling.ctas,),
         grid_names=("cta",),
         num_threads=tiling.workers + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
         kernel_name="rpa_decode",
-    )(q, kv_pages, tables, rows)
+    )(q, kv_pages, tables, units)

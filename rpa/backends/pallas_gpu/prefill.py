@@ -36,6 +36,7 @@ class Tiling(NamedTuple):
     fresh: bool = False  # P V into a fresh accumulator, added afterwards, rather than on top of the old one
     staged: bool = False  # the weights pass through shared memory: the interpreter takes no register operand
     turns: bool = True  # the warpgroups take turns at the tensor cores
+    ahead: bool = False  # the next block's scores are computed under this block's softmax
     registers: tuple[int, int] = (232, 40)  # consumer, producer
     alias: bool = False  # partial tiles leave through the queries' memory, where a second buffer does not fit
 
@@ -103,6 +104,14 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
         turn=plgpu.Barrier(num_arrivals=2),
         clean=plgpu.Barrier(num_arrivals=2),
     )
+
+
+def unpacked(s: Scratch, tiling: Tiling) -> Scratch:
+    """The scratch with `q` and `tail` told apart where they share memory."""
+    if not tiling.alias:
+        return s
+    q, tail = s.q
+    return s._replace(q=q, tail=tail)
 
 
 def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
@@ -241,11 +250,14 @@ def fold_all(wg, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, 
     first, second = item.blocks - whole_end, item.blocks - whole_start  # in folding order
     fold = functools.partial(fold_block, wg, item, mine, step, s=s, shape=shape, tiling=tiling)
     state = lax.fori_loop(0, first, functools.partial(fold, cut=True), state)
-    if tiling.turns:
-        pl.when(wg == 1)(lambda: take_turn(s))
-    state = lax.fori_loop(first, second, functools.partial(fold, cut=False), state)
-    if tiling.turns:
-        pl.when(wg == 0)(lambda: take_turn(s))
+    if tiling.ahead:
+        state = fold_ahead(wg, step, first, second, state, s, shape, tiling)
+    else:
+        if tiling.turns:
+            pl.when(wg == 1)(lambda: take_turn(s))
+        state = lax.fori_loop(first, second, functools.partial(fold, cut=False), state)
+        if tiling.turns:
+            pl.when(wg == 0)(lambda: take_turn(s))
     if shape.window is not None:
         state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut=True), state)
     return state
@@ -299,6 +311,60 @@ def fold_block(
     acc = add_product(acc, alpha, weights, s.v.at[slot], tiling.fresh)
     plgpu.barrier_arrive(s.v_free.at[slot])
     return acc, m_new, l
+
+
+def fold_ahead(wg, step, first, second, state, s: Scratch, shape: Shape, tiling: Tiling):
+    """Folds whole blocks first..second-1; scores of the next block are multiplied together with values of the last."""
+
+    def slot_of(i):
+        return lax.rem(step + i, I32(tiling.stages))
+
+    def softmax(x, m, l):
+        z, unit = logits(x, shape)
+        m_new = jnp.maximum(m, z.max(axis=1) * unit)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(z * unit - along(m_new, z))
+        return p.astype(shape.dtype), m_new, l * alpha + p.sum(axis=1), alpha
+
+    def one(i, carry):
+        acc, weights, m, l = carry
+        now, before = slot_of(i), slot_of(i - 1)
+        plgpu.barrier_wait(s.k_full.at[now])
+
+        def multiply(x_ref, acc_ref):
+            acc_ref[...] = acc
+            plgpu.wgmma(x_ref, s.q.at[wg], s.k.at[now].transpose((1, 0)))
+            plgpu.barrier_wait(s.v_full.at[before])
+            plgpu.wgmma(acc_ref, weights, s.v.at[before])
+            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
+            plgpu.barrier_arrive(s.k_free.at[now])
+            following = softmax(x, m, l)
+            return *following, plgpu.wgmma_accumulator_load(acc_ref)
+
+        scores, values = plgpu.ACC((M, tiling.block), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
+        weights, m, l, alpha, acc = pl.run_scoped(multiply, scores, values)
+        plgpu.barrier_arrive(s.v_free.at[before])
+        return acc * along(alpha, acc), weights, m, l
+
+    def every(state):
+        acc, m, l = state
+        slot, last = slot_of(first), slot_of(second - 1)
+        plgpu.barrier_wait(s.k_full.at[slot])
+
+        def multiply(x_ref):
+            plgpu.wgmma(x_ref, s.q.at[wg], s.k.at[slot].transpose((1, 0)))
+            return x_ref[...]
+
+        x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
+        plgpu.barrier_arrive(s.k_free.at[slot])
+        weights, m, l, alpha = softmax(x, m, l)
+        acc, weights, m, l = lax.fori_loop(first + 1, second, one, (acc * along(alpha, acc), weights, m, l))
+        plgpu.barrier_wait(s.v_full.at[last])
+        acc = add_product(acc, alpha, weights, s.v.at[last], fresh=False)
+        plgpu.barrier_arrive(s.v_free.at[last])
+        return acc, m, l
+
+    return lax.cond(first < second, every, lambda state: state, state)
 
 
 def add_product(acc, alpha, weights, v_ref, fresh: bool):
@@ -414,26 +480,57 @@ def store(wg, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: S
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
+def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`plan.fills`), each CTA its share."""
+    before, after, bad = fills_ref[0], fills_ref[1], fills_ref[2]
+    sequences = (fills_ref.shape[0] - 4) // 2
+
+    def rows(first, stop, value):
+        @pl.when(first + cta < stop)
+        def _():
+            constant = jnp.full((M, shape.head_dim), value, jnp.dtype(shape.dtype))
+            s.tail.at[0][...] = plgpu.layout_cast(constant, WG)
+            plgpu.commit_smem()
+            count = ceil_div(stop - first - cta, tiling.ctas)
+
+            @pl.loop(0, count)
+            def _(i):
+                for head in range(0, shape.q_heads, M):
+                    heads = min(M, shape.q_heads - head)
+                    target = o_ref.at[first + cta + i * tiling.ctas, pl.ds(head, heads)]
+                    plgpu.copy_smem_to_gmem(s.tail.at[0, pl.ds(0, heads)], target)
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    rows(I32(0), before, 0.0)
+    rows(after, I32(shape.tokens), 0.0)
+
+    @pl.when(bad > 0)
+    def _():
+        @pl.loop(0, sequences)
+        def _(sequence):
+            rows(fills_ref[4 + 2 * sequence], fills_ref[5 + 2 * sequence], jnp.nan)
+
+
 # ------------------------------------------------------------------ the kernel of prefill alone
 
 
-def attend(q, kv_pages, tables, count, tiles, sinks, shape: Shape, tiling: Tiling, with_lse: bool):
-    """[T, Hq, D] and, with `with_lse`, f32 [Hq, T]; only the rows of listed tiles are written.
+def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling: Tiling, with_lse: bool):
+    """[T, Hq, D] and, with `with_lse`, f32 [Hq, T] (only the rows of listed tiles).
 
     Args:
-        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
+        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`. fills: rows of nobody and of invalid sequences,
+            see `plan.fills`.
         sinks: f32 [Hq] or None.
     """
 
     def body(*refs):
-        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, *rest = refs
+        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fills_ref, *rest = refs
         sinks_ref = rest.pop(0) if sinks is not None else None
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
         (s,) = rest
-        if tiling.alias:
-            q_smem, tail = s.q
-            s = s._replace(q=q_smem, tail=tail)
+        s = unpacked(s, tiling)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
         @pl.when(wg == 2)
@@ -450,11 +547,12 @@ def attend(q, kv_pages, tables, count, tiles, sinks, shape: Shape, tiling: Tilin
         def _():
             plgpu.set_max_registers(tiling.registers[0], action="increase")
             consume(wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
+            pl.when(wg == 0)(lambda: fill(cta, fills_ref, o_ref, s, shape, tiling))
 
     outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
     if with_lse:
         outs.append(jax.ShapeDtypeStruct((shape.q_heads, shape.tokens), jnp.float32))
-    args = [q, kv_pages, tables, count, tiles] + ([] if sinks is None else [sinks])
+    args = [q, kv_pages, tables, count, tiles, fills] + ([] if sinks is None else [sinks])
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),

@@ -1,0 +1,117 @@
+"""Which kernels a call runs and with which tile shapes: static shapes and the config decide, never the batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rpa.backends.pallas_gpu import decode, plan, prefill
+from rpa.backends.pallas_gpu.tiles import Shape, piece
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.signature import Signature
+
+SMS = 132  # of an H100 or H200 SXM; on fewer, the CTAs of the persistent grids queue, on more some SMs idle
+SMEM = 227 * 1024
+RESERVED = 6 * 1024  # barriers and the reductions' scratch
+LONG = 64  # mean query length from which every sequence takes the prefill role
+
+
+class Program(NamedTuple):
+    """The kernels of one signature; at least one of the two."""
+
+    decode: decode.Tiling | None
+    prefill: prefill.Tiling | None
+
+
+def shape_of(signature: Signature) -> Shape:
+    return Shape(
+        tokens=signature.num_tokens,
+        q_heads=signature.num_q_heads,
+        kv_heads=signature.num_kv_heads,
+        head_dim=signature.head_dim,
+        page=signature.page_size,
+        pages=max(signature.num_pages, 1),
+        table_width=signature.pages_per_seq,
+        dtype=signature.kv_dtype,
+        scale=signature.softmax_scale,
+        cap=signature.logits_soft_cap,
+        window=signature.sliding_window,
+    )
+
+
+def program(signature: Signature, config: RaggedPageAttentionv2Config, interpreted: bool) -> Program:
+    """Tile shapes from static shapes and the config alone, so that a row's bits depend on nothing else."""
+    shape = shape_of(signature)
+    tokens, sequences = signature.num_tokens, signature.max_seqs
+    ctas = config.option("ctas", 2 if interpreted else SMS)
+    if tokens <= 4 * sequences:
+        return Program(decode_tiling(shape, tokens, config, ctas, interpreted), None)
+    if tokens >= LONG * sequences:
+        return Program(None, prefill_tiling(shape, sequences, config, ctas, 1, interpreted))
+    return mixed_program(shape, sequences, config, ctas, interpreted)
+
+
+def decode_tiling(
+    shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
+) -> decode.Tiling:
+    workers = config.option("workers", 2 if shape.head_dim <= 128 else 1)
+    block = config.option("decode_block", 64)
+    slot = 2 * block * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+    small = (
+        2 * -(-shape.group // 8) * 8 * (shape.head_dim + block) + 2048
+    )  # queries, weights, a reduction's scratch
+    fits = ((SMEM - RESERVED) // workers - small) // slot
+    stages = min(config.option("decode_stages", 8), fits)
+    span = shape.capacity
+    if shape.window is not None:
+        span = min(span, shape.window + piece(shape.page, block) - 1)
+    wanted = config.num_kv_splits or max(1, workers * ctas // (rows * shape.kv_heads))
+    chunk = max(-(-span // wanted), config.option("least_chunk", 256))
+    chunk = -(-chunk // block) * block
+    splits = -(-span // chunk)
+    if splits > 64:
+        chunk = -(-span // (64 * block)) * block
+        splits = -(-span // chunk)
+    return decode.Tiling(rows, block, stages, chunk, splits, workers, ctas, interpreted)
+
+
+def prefill_tiling(
+    shape: Shape,
+    sequences: int,
+    config: RaggedPageAttentionv2Config,
+    ctas: int,
+    shortest: int,
+    interpreted: bool,
+) -> prefill.Tiling:
+    block = config.option("prefill_block", 128 if shape.head_dim <= 128 else 64)
+    stages = config.num_stages or config.option("prefill_stages", 2)
+    size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
+    alias = (4 * prefill.M + 2 * stages * block) * size > SMEM - RESERVED
+    tiling = prefill.Tiling(
+        1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
+        turns=bool(config.option("turns", 1)), ahead=bool(config.option("ahead", 0)), registers=(config.option("consumer_registers", 232), config.option("producer_registers", 40)), alias=alias,
+    )  # fmt: skip
+    return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
+
+
+def mixed_program(
+    shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
+) -> Program:
+    """Both roles in one CTA: smaller prefill blocks, one decode worker, registers split between them."""
+    size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
+    block = config.option("mixed_block", 64)
+    tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
+    tiling = tiling._replace(
+        block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 else 2),
+        alias=not interpreted, registers=(config.option("mixed_registers", 200), config.option("producer_registers", 40)),
+    )  # fmt: skip
+    span = shape.capacity
+    if shape.window is not None:
+        span = min(span, shape.window + piece(shape.page, 64) - 1)
+    chunk = max(config.option("mixed_chunk", 2048), -(-span // (64 * 64)) * 64)
+    free = SMEM - RESERVED - (2 * prefill.M + 2 * tiling.stages * block) * size - 4096
+    stages = max(1, min(8, free // (2 * 64 * size)))
+    return Program(
+        decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas, interpreted), tiling
+    )
