@@ -174,8 +174,10 @@ def _mooncake(text: str) -> Request:
     try:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
-        cut = " (cut off?)" if not text.endswith("}") else ""
-        raise ValueError(f"expected one JSON object, {error.msg} at column {error.colno}{cut}") from None
+        cut = "" if text.endswith("}") else "; is the file cut off?"
+        raise ValueError(
+            f"expected one JSON object, {error.msg[0].lower()}{error.msg[1:]} at column {error.colno}{cut}"
+        ) from None
     except RecursionError:
         raise ValueError("expected one JSON object, found one nested too deeply") from None
     if not isinstance(entry, dict):

@@ -6,6 +6,7 @@ that no row sees and must give the same bits.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections import Counter
@@ -37,7 +38,10 @@ class Infrastructure(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is replayed: the model, the server's static shapes, and how trace tokens and time map to them."""
+    """What is replayed: the model, the server's static shapes, and how trace tokens and time map to them.
+
+    `again` is the command that replays it, but for platform and steps.
+    """
 
     model: Model
     limits: Limits
@@ -45,9 +49,12 @@ class Plan:
     step_ms: float
     seed: int
     source: str
+    again: str
 
 
-def plan_of(model: Model, scan: Scan, source: str, seed: int, scale: int | None = None) -> Plan:
+def plan_of(
+    model: Model, scan: Scan, source: str, seed: int, scale: int | None = None, trace: Path | None = None
+) -> Plan:
     """Shapes for `model` and a scale at which 99 % of the trace's requests fit and its prompts keep the server busy.
 
     Prompts shrink by a power of two, but no further than to one page a hash block, so that shared prefixes stay
@@ -62,7 +69,9 @@ def plan_of(model: Model, scan: Scan, source: str, seed: int, scale: int | None 
     shrunk = Scale(prompt, max(1, prompt // 8))
     tokens = scan.prompt_tokens / prompt
     step_ms = limits.tokens * scan.duration / tokens if scan.duration else 1.0
-    return Plan(model, limits, shrunk, step_ms, seed, source)
+    given = {"model": model.name, "seed": seed, "scale": scale, "trace": trace}
+    options = [f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    return Plan(model, limits, shrunk, step_ms, seed, source, "rpa verify" + "".join(options))
 
 
 @dataclass
@@ -266,10 +275,12 @@ class Replay:
         if lse is not None:
             score.lse_ratio = max(score.lse_ratio or 0.0, verdict.lse_ratio)
         if verdict.status in ("fail", "suspect"):
-            self._fail(score, target, step, layer, verdict.text, case)
+            # `rpa fuzz replay` judges the output of one call; what it does not see needs the replay itself.
+            seen_alone = verdict.ratio > 1 or verdict.status == "suspect"
+            self._fail(score, target, step, layer, verdict.text, case, alone=seen_alone)
         elif not (_same_bits(output, again) and _same_bits(lse, lse_again)):
             text = "the bits change with what lies in slots that no row sees"
-            self._fail(score, target, step, layer, text, case, refilled)
+            self._fail(score, target, step, layer, text, case, refilled, alone=False)
         elif verdict.status == "vacuous":
             score.vacuous += 1
         else:
@@ -277,7 +288,17 @@ class Replay:
             score.rows += step.rows
             self.report.features.update(features(step, layer, case))
 
-    def _fail(self, score: Score, target: Target, step: Step, layer: Layer, text: str, *cases: Case) -> None:
+    def _fail(
+        self,
+        score: Score,
+        target: Target,
+        step: Step,
+        layer: Layer,
+        text: str,
+        *cases: Case,
+        alone: bool = True,
+    ) -> None:
+        """Count and save a failure; `alone` says that the saved case shows it by itself."""
         score.failed += 1
         name = f"{_safe(target.name)}-{_safe(layer.name)}-step{step.index:05d}"
         path = self.out / f"{name}.npz"
@@ -286,7 +307,8 @@ class Replay:
                 write_atomically(place, case.save)
         except OSError as error:
             raise Infrastructure(f"cannot save the failing case to {path}: {error.strerror}") from error
-        again = f"rpa fuzz replay {path} --target {target.name}"
+        replayed = f"{self.plan.again} --platform {target.name} --steps {step.index + 1} --budget 1h"
+        again = f"rpa fuzz replay {path} --target {target.name}" if alone else replayed
         self.report.failures.append(Failure(target.name, layer.name, step.index, text, str(path), again))
 
 

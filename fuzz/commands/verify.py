@@ -48,7 +48,7 @@ def verify(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="tiny, llama3-8b, gemma2, gpt-oss ...: shapes and kinds of layer.")
+        str, typer.Option(help="tiny, llama3-8b, llama3-70b-tp8, mistral-7b, gemma2 or gpt-oss.")
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Data, page order and drawn requests follow from it.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Stop after so many steps.")] = 300,
@@ -113,7 +113,8 @@ def _verify(
         return TROUBLE
     from fuzz.verify import Replay, plan_of
 
-    replay = Replay(plan_of(chosen, scan, source, seed, options["scale"]), requests, targets, options["out"])
+    plan = plan_of(chosen, scan, source, seed, options["scale"], trace)
+    replay = Replay(plan, requests, targets, options["out"])
     replay.report.absent.update(refused)
     _run(replay, options["steps"], options["budget"])
     from fuzz.commands.verify_table import show
