@@ -1,0 +1,257 @@
+"""Over a mesh: the bits of one device where nothing is added up across devices, the oracle's bound where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import small_call
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from rpa import explain, ragged_page_attention_v2, registry
+from rpa.mesh import Layout, layout_of, local_signature
+
+WORKER = Path(__file__).with_name("mesh_worker.py")
+P = PartitionSpec
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "heads": {"mesh": {"tp": 4}, "sinks": True},
+    "heads with scales": {"mesh": {"tp": 2}, "int8": True, "options": {"sliding_window": 5}},
+    "fewer kv heads than shards": {"mesh": {"tp": 8}, "hkv": 2, "int8": True},
+    "sequences": {"mesh": {"data": 8}},
+    "sequences and heads": {"mesh": {"data": 4, "model": 2}},
+    "pages": {"mesh": {"pages": 4}},
+    "pages in bf16": {"mesh": {"cp": 8}, "dtype": "bfloat16", "sinks": False},
+    "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0}},
+    "inside jit, spoiled, sequences": {
+        "mesh": {"data": 4}, "jit": True,
+        "spoil": [["context_lens", 1, 10**6], ["block_tables", [4, 0], -7], ["context_lens", 3, -1]],
+    },
+    "inside jit, spoiled offsets, all three": {
+        "mesh": {"dp": 2, "tp": 2, "cp": 2}, "jit": True, "spoil": [["query_start_loc", 2, 40]],
+    },
+}  # fmt: skip
+
+SLOW: dict[str, dict[str, Any]] = {
+    "one by eight": {"mesh": {"data": 1, "model": 8}, "hq": 16, "hkv": 8},
+    "eight by one": {"mesh": {"x": 8, "y": 1}},
+    "names nobody knows": {"mesh": {"x": 2, "y": 4}},
+    "pages and sequences": {"mesh": {"dp": 2, "pages": 4}, "queries": [1, 1, 1], "contexts": [32, 1, 17]},
+    "one long context": {"mesh": {"pages": 8}, "queries": [1], "contexts": [1000], "pps": 256, "pool": 256},
+    "a chunk on a long context": {"mesh": {"pages": 8}, "queries": [9], "contexts": [300], "pps": 80, "pool": 80},
+    "decode b8 in bf16": {
+        "mesh": {"data": 2, "tp": 4}, "queries": [1] * 8, "contexts": [40, 3, 17, 64, 1, 33, 8, 9], "pps": 16,
+        "pool": 128, "dtype": "bfloat16", "dim": 64,
+    },
+    "only sequences, inside jit": {"mesh": {"batch": 8}, "jit": True, "options": {"sliding_window": 3}},
+    "axes by specs": {
+        "mesh": {"a": 2, "b": 4},
+        "specs": [[None, "b", None], ["a", None, "b", None], [], [], [], [], ["b"]],
+    },
+    "two axes over the heads": {
+        "mesh": {"a": 2, "b": 2}, "specs": [[None, ["a", "b"]], [None, None, ["a", "b"]], [], [], [], []],
+    },
+    **{
+        f"random batch {seed}": {
+            "mesh": [{"data": 2, "tp": 2, "cp": 2}, {"data": 4, "tp": 2}, {"tp": 2, "cp": 4}][seed % 3],
+            "seed": seed,
+            "queries": [int(q) for q in np.random.default_rng(seed).integers(0, 12, 7)],
+            "contexts": [int(n) for n in np.random.default_rng(seed + 1).integers(0, 33, 7)],
+        }
+        for seed in range(6)
+    },
+}  # fmt: skip
+
+
+def _run(scenarios: dict[str, dict[str, Any]], arguments: list[str]) -> subprocess.Popen:
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), *arguments], env=env, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(list(scenarios.values())))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def _results(scenarios: dict[str, dict[str, Any]], process: subprocess.Popen) -> dict[str, Any]:
+    out, errors = process.communicate(timeout=550)
+    lines = [json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(scenarios), errors[-3000:]
+    return dict(zip(scenarios, lines, strict=True))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return _results(SCENARIOS, _run(SCENARIOS, ["8"]))
+
+
+def _check(name: str, scenario: dict[str, Any], result: dict[str, Any]) -> None:
+    assert "error" not in result, result
+    assert result["nans"], f"{name}: other rows are NaN than on one device"
+    if "spoil" in scenario:
+        assert result["some"], f"{name}: nothing was spoiled"
+    else:
+        assert result["text"].startswith("pass"), f"{name}: {result['text']}"
+    if set(scenario["mesh"]) <= {"data", "batch", "dp"}:
+        assert result["bits"], f"{name}: not the bits of one device"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_eight_devices(name, results):
+    _check(name, SCENARIOS[name], results[name])
+
+
+@pytest.mark.slow
+def test_eight_devices_at_length():
+    for name, result in _results(SLOW, _run(SLOW, ["8"])).items():
+        _check(name, SLOW[name], result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(processes):
+    chosen = {
+        name: SCENARIOS[name]
+        for name in ("heads", "sequences and heads", "pages", "pages in bf16", "all three")
+    }
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    started = [
+        _run(chosen, [str(8 // processes), coordinator, str(processes), str(i)]) for i in range(processes)
+    ]
+    for process in started:
+        for name, result in _results(chosen, process).items():
+            _check(name, chosen[name], result)
+
+
+# ------------------------------------------------------------------ layouts and refusals, without devices
+
+
+def _mesh(**axes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout"),
+    [
+        (_mesh(tp=4), Layout(heads=("tp",))),
+        (_mesh(x=4), Layout(heads=("x",))),
+        (_mesh(data=2, model=4), Layout(heads=("model",), sequences=("data",))),
+        (_mesh(model=4, data=2), Layout(heads=("model",), sequences=("data",))),
+        (_mesh(x=2, y=4), Layout(heads=("y",), sequences=("x",))),
+        (_mesh(data=8), Layout(sequences=("data",))),
+        (_mesh(pages=2, tp=2), Layout(heads=("tp",), pages=("pages",))),
+        (_mesh(x=2, y=2, z=2), Layout(heads=("z",), sequences=("x",), pages=("y",))),
+    ],
+)
+def test_a_mesh_alone_says_what_its_axes_split(mesh, layout):
+    assert layout_of(mesh) == layout
+
+
+HEADS = (P(None, "tp", None), P(None, None, "tp", None), P(), P(), P(), P())
+
+
+@pytest.mark.parametrize(
+    ("specs", "layout"),
+    [
+        (HEADS, Layout(heads=("tp",))),
+        ((*HEADS, P("tp")), Layout(heads=("tp",))),
+        ((*HEADS, None), Layout(heads=("tp",))),
+        ((P(None, "tp"), P(), None, None, None, None), Layout(heads=("tp",))),
+        ((P(), P("tp"), P("dp"), P("dp"), P(), P()), Layout(sequences=("dp",), pages=("tp",))),
+        ((P(None, ("dp", "tp")), P(), P(), P(), P(), P()), Layout(heads=("dp", "tp"))),
+        ((P(),) * 7, Layout()),
+    ],
+)
+def test_specs_say_what_the_axes_split(specs, layout):
+    assert layout_of(_mesh(dp=2, tp=2), specs) == layout
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "text"),
+    [
+        (HEADS[:5], ValueError, "seven PartitionSpecs are expected, or six"),
+        ("tp", ValueError, "in_specs='tp'"),
+        ((P("tp"), *HEADS[1:]), ValueError, "queries is split in dimension 0 by mesh axis 'tp'"),
+        ((P(None, None, "tp"), *HEADS[1:]), ValueError, "queries is split in dimension 2"),
+        ((P(), *HEADS[1:]), ValueError, "kv_pages is split in dimension 2 by mesh axis 'tp'"),
+        ((*HEADS[:4], P("dp"), P()), ValueError, "query_start_loc is split in dimension 0"),
+        ((*HEADS, P("dp")), ValueError, "softmax_aux is split in dimension 0"),
+        ((P(None, "model"), *HEADS[1:]), ValueError, "queries names axis 'model'; the mesh has dp, tp"),
+        ((P(None, None, None, "tp"), *HEADS[1:]), ValueError, "at most 3 entries"),
+        (("tp", *HEADS[1:]), TypeError, "queries has 'tp': a PartitionSpec or None"),
+    ],
+)
+def test_specs_that_cannot_be_are_named(specs, error, text):
+    with pytest.raises(error) as caught:
+        layout_of(_mesh(dp=2, tp=2), specs)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "text"),
+    [
+        ({"tp": 5}, {}, "mesh axis 'tp' of size 5 does not divide the 32 heads of queries"),
+        (
+            {"tp": 4},
+            {"num_q_heads": 30, "num_kv_heads": 6},
+            "mesh axis 'tp' of size 4 does not divide the 30 heads",
+        ),
+        (
+            {"tp": 4},
+            {"num_q_heads": 36, "num_kv_heads": 6},
+            "mesh axis 'tp' of size 4 does not divide the 6 kv heads",
+        ),
+        ({"pages": 3}, {}, "mesh axis 'pages' of size 3 does not divide the 1024 pages"),
+        ({"pages": 2}, {"sliding_window": 8}, "sliding_window=8: pages cannot be split"),
+    ],
+)
+def test_an_axis_that_does_not_divide_is_named(axes, changes, text):
+    mesh = _mesh(**axes)
+    with pytest.raises(ValueError, match="mesh axis") as caught:
+        local_signature(replace(registry.TYPICAL, **changes), layout_of(mesh), mesh)
+    assert text in str(caught.value)
+
+
+def test_shares_add_up_to_the_whole():
+    mesh = _mesh(dp=2, tp=4, cp=2)
+    local = local_signature(registry.TYPICAL, layout_of(mesh), mesh)
+    assert (local.num_q_heads, local.num_kv_heads, local.num_pages) == (8, 2, 512)
+    assert (local.max_seqs, local.return_lse, local.q_dtype) == (local.num_tokens, True, "float32")
+    many = _mesh(tp=32)
+    local = local_signature(registry.TYPICAL, layout_of(many), many)
+    assert (local.num_q_heads, local.num_kv_heads) == (1, 1)
+    with pytest.raises(ValueError, match="'z' has nothing left to split"):
+        layout_of(_mesh(x=1, y=1, z=1, w=1))
+
+
+def test_a_mesh_is_never_ignored():
+    call = small_call.arguments()
+    with pytest.raises(TypeError, match="mesh='tp'"):
+        ragged_page_attention_v2(**call, mesh="tp")
+    with pytest.raises(ValueError, match="mesh=None: in_specs and out_specs need the mesh"):
+        ragged_page_attention_v2(**call, in_specs=HEADS)
+    with pytest.raises(ValueError, match="mesh=None"):
+        ragged_page_attention_v2(**call, out_specs=P())
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    with pytest.raises(TypeError, match="out_specs='tp'"):
+        ragged_page_attention_v2(**call, mesh=mesh, out_specs="tp")
+    with pytest.raises(ValueError, match="sliding_window=0"):
+        ragged_page_attention_v2(**call, mesh=mesh, sliding_window=0)
+    assert explain(**call).source == "heuristic"
