@@ -23,7 +23,6 @@ taken as independent and zero-mean, which random data obey and structured data n
 """
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import ml_dtypes
@@ -31,48 +30,14 @@ import numpy as np
 
 from oracle.attend import SMALL, Block, Solved, blank, blocks, solve
 from oracle.case import Case, dtype_of
+from oracle.claim import TINY, Claim
+from oracle.claim import default_claim as default_claim
+from oracle.claim import underflow_unit as underflow_unit
+from oracle.claim import unit_roundoff as unit_roundoff
 
 LAMBDA = 7.5  # of SOFT: an element exceeds it with probability 2 exp(-LAMBDA**2 / 2) = 1.2e-12
-TINY = 2.0**-126  # smallest normal float32: what flushing to zero can take from an intermediate
+LARGEST_DELTA = 700.0  # e^700 is still finite, and a row with such an error vacuous
 LARGEST = float(np.finfo(np.float32).max)  # beyond it an f32 intermediate may overflow, so nothing is claimed
-_UNIT = {
-    "float32": 2.0**-24,
-    "bfloat16": 2.0**-8,
-    "float16": 2.0**-11,
-    "float8_e4m3fn": 2.0**-4,
-    "float8_e5m2": 2.0**-3,
-}
-_UNDERFLOW = {"float16": 2.0**-25, "float8_e4m3fn": 2.0**-10, "float8_e5m2": 2.0**-17}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Claim:
-    """What a kernel declares about its arithmetic. All are relative roundoffs but the three `eta`, which are absolute.
-
-    Raises ValueError when a field is negative or not finite, or `block` is below 1.
-    """
-
-    u: float  # accumulation: 2**-24, or 2**-23 where the matrix unit truncates
-    u_in: float  # dot operands (q, k and v): 0 when the stored dtype is what the dots take
-    u_q: float  # the scaled query
-    u_p: float  # the weights fed to P.V
-    u_o: float  # the output
-    eta_p: float  # underflow of the weights
-    eta_o: float  # underflow of the output
-    eps_exp: float
-    eps_tanh: float
-    eps_div: float
-    block: int  # the smallest number of keys between two rescalings
-    rounded_weights_in_sum: bool = False  # the denominator sums the weights as rounded for P.V
-    eta_in: float = TINY  # underflow of dot operands; float16 operands: 2**-25
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"Claim.{field.name} = {value}; it must be finite and >= 0")
-        if self.block < 1:
-            raise ValueError(f"Claim.block = {self.block}; it must be at least 1")
 
 
 class Bounds(NamedTuple):
@@ -82,6 +47,23 @@ class Bounds(NamedTuple):
     soft: np.ndarray  # [E, R, G, D]
     lse: np.ndarray  # [E, R, G]
     vacuous: np.ndarray  # bool [E, R, G]
+
+
+class Errors(NamedTuple):
+    """How far the weights may be off: each is within a factor e^delta, after a common factor e^anchor."""
+
+    delta: np.ndarray  # [E, R, G, N]
+    delta_soft: np.ndarray  # [E, R, G, N]
+    sink: np.ndarray  # [E, R, G]
+    anchor: np.ndarray  # [E, R, G]
+
+
+class Underflow(NamedTuple):
+    """What underflow takes from a weight, before dividing by L: all `[E, R, G]`."""
+
+    shared: np.ndarray  # in the denominator too
+    own: np.ndarray  # in P.V alone
+    flushed: np.ndarray  # of a product in P.V
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,47 +76,6 @@ class Analysis:
     soft: np.ndarray  # f64 [T, Hq, D]
     lse_bound: np.ndarray  # f64 [T, Hq]
     vacuous: np.ndarray  # bool [T, Hq]: too ill conditioned for the bound to mean anything
-
-
-def unit_roundoff(dtype: str) -> float:
-    """Half the gap between 1 and the next number of a dtype."""
-    return _UNIT[dtype]
-
-
-def underflow_unit(dtype: str) -> float:
-    """The most that rounding to a dtype loses near zero; float32 and bfloat16 may be flushed."""
-    return _UNDERFLOW.get(dtype, TINY)
-
-
-def default_claim(case: Case) -> Claim:
-    """The claim of a kernel that declares none: everything rounded to the dots' dtype, sums in float32."""
-    stored = [case.queries.dtype.name] + ([] if case.quantised else [case.kv_pages.dtype.name])
-    dots = case.compute_dtype or max(stored, key=unit_roundoff)
-    u_dot = unit_roundoff(dots)
-    scaled = case.k_scale is not None or case.v_scale is not None
-    exact = not scaled and all(name in (dots, *_EXACT_IN[dots]) for name in [*stored, case.kv_pages.dtype.name])
-    return Claim(
-        u=2.0**-23,
-        u_in=0.0 if exact else u_dot,
-        u_q=u_dot,
-        u_p=u_dot,
-        u_o=unit_roundoff(case.queries.dtype.name),
-        eta_p=underflow_unit(dots),
-        eta_o=underflow_unit(case.queries.dtype.name),
-        eps_exp=2.0**-21,
-        eps_tanh=2.0**-21,
-        eps_div=2.0**-21,
-        block=1,
-        eta_in=underflow_unit(dots),
-    )
-
-
-# Dtypes whose every number another dtype holds exactly.
-_EXACT_IN = {
-    "float32": ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8"),
-    "bfloat16": ("float8_e4m3fn", "float8_e5m2", "int8"),
-    "float16": ("float8_e4m3fn", "float8_e5m2", "int8"),
-}
 
 
 def error_bound(case: Case, claim: Claim) -> np.ndarray:
@@ -172,22 +113,72 @@ def analyse(case: Case, claim: Claim) -> Analysis:
 
 def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
     """Steps 1 to 8 for one block, HARD and SOFT side by side."""
-    n = block.n  # [E, R, 1]
-    B = np.ceil(n / claim.block) + 1
+    B = np.ceil(block.n / claim.block) + 1
     dx, dx_soft = logit_error(block, solved, claim)
-    rho = weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
-    rho_soft = weight_error(capped_error(block, solved, dx_soft, claim), solved, B, claim)
-    rho_sink = sink_error(block, solved, B, claim)
-    w = solved.p * rho
-    private = solved.p + w
-    shared, shared_soft, lost = shared_error(block, solved, w, solved.p * rho_soft, rho_sink, n, claim)
-    own, own_soft = private_error(block, solved, private, n, B, claim)
+    delta = weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
+    delta_soft = weight_error(capped_error(block, solved, dx_soft, claim), solved, B, claim)
+    errors = Errors(delta, delta_soft, sink_error(block, solved, B, claim), np.zeros_like(solved.m))
+    bounds = assemble(block, solved, errors, B, claim)
+    if not bounds.vacuous.any():
+        return bounds
+    heaviest = np.maximum(solved.p.max(axis=-1, initial=0.0), solved.pi)
+    better = bounds.vacuous & (heaviest > 0.5)
+    if not better.any():
+        return bounds
+    anchored = assemble(block, solved, anchor(solved, errors), B, claim)
+    wide = better[..., None]
+    return Bounds(
+        np.where(wide, anchored.hard, bounds.hard),
+        np.where(wide, anchored.soft, bounds.soft),
+        np.where(better, anchored.lse, bounds.lse),
+        np.where(better, anchored.vacuous, bounds.vacuous),
+    )
+
+
+def assemble(block: Block, solved: Solved, errors: Errors, B: np.ndarray, claim: Claim) -> Bounds:
+    """Steps 4 to 8: what the weights' errors do to the output."""
+    n = block.n  # [E, R, 1]
+    w, w_soft = solved.p * np.expm1(errors.delta), solved.p * np.expm1(errors.delta_soft)
+    rho_sink = np.expm1(errors.sink)
+    eta = underflow(claim, errors.anchor)
+    lost = eta.shared * n / positive(solved.L)
+    shared, shared_soft = shared_error(block, solved, w, w_soft, rho_sink, lost, eta)
+    own, own_soft = private_error(block, solved, solved.p + w, n, B, claim, eta)
     moved = w.sum(axis=-1) + solved.pi * rho_sink + lost  # how far the denominator may move
     th, th_soft = divide_error(n, B, claim)
     hard = divided(solved, shared + own, moved, th)
     soft = divided(solved, shared_soft + own_soft, moved, th_soft)
     hard, soft = (rounded(block, solved, e, n, claim) for e in (hard, np.minimum(soft, hard)))
-    return Bounds(hard, soft, lse_error(solved, moved, th, claim), (moved > 0.5) & (n > 0))
+    lse = lse_error(solved, moved, th, claim) + errors.anchor
+    return Bounds(hard, soft, lse, (moved > 0.5) & (n > 0))
+
+
+def underflow(claim: Claim, anchor: np.ndarray) -> Underflow:
+    """The claim's `eta_p` where it belongs, and flushing of subnormal weights everywhere."""
+    factor = np.exp(anchor)
+    summed = claim.eta_p if claim.rounded_weights_in_sum else 0.0
+    return Underflow(factor * (TINY + summed), factor * (claim.eta_p - summed), factor * TINY)
+
+
+def anchor(solved: Solved, errors: Errors) -> Errors:
+    """The weights' errors relative to that of the heaviest weight, which a common factor takes away.
+
+    With one weight above 1/2 this leaves the denominator known where the plain form does not: a key that wins by
+    far has an error of its own, large if its logit is, and no influence on what it wins.
+    """
+    top = solved.p.argmax(axis=-1)[..., None]
+    at_key = np.take_along_axis(solved.p, top, axis=-1)[..., 0] >= solved.pi
+    own = np.where(at_key, np.take_along_axis(errors.delta, top, axis=-1)[..., 0], errors.sink)
+    own_soft = np.where(at_key, np.take_along_axis(errors.delta_soft, top, axis=-1)[..., 0], errors.sink)
+    sink = np.where(at_key, np.minimum(errors.sink + own, LARGEST_DELTA), 0.0)
+
+    def relative(delta: np.ndarray, own: np.ndarray) -> np.ndarray:
+        delta = np.minimum(delta + own[..., None], LARGEST_DELTA)
+        kept = np.where(at_key[..., None], 0.0, np.take_along_axis(delta, top, axis=-1))
+        np.put_along_axis(delta, top, kept, axis=-1)
+        return delta
+
+    return Errors(relative(errors.delta, own), relative(errors.delta_soft, own_soft), sink, own)
 
 
 def gamma(k, u: float):
@@ -219,6 +210,8 @@ def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray,
     factor_soft = rooted(steps, u) + LAMBDA * (claim.u_q + 2 * random_in(case, claim))
     base = 2 * u * np.abs(solved.x) + operand_underflow(block, q, k, claim)
     magnitude = block.score(q, k)
+    if magnitude.max(initial=0.0) > LARGEST:
+        base = np.where(magnitude > LARGEST, np.inf, base)
     magnitude *= s
     q *= q
     norm = np.sqrt(block.score(q, k * k))
@@ -250,11 +243,11 @@ def capped_error(block: Block, solved: Solved, dx: np.ndarray, claim: Claim) -> 
     x = np.abs(solved.x)
     dx = dx + 2 * claim.u * x
     nearest = np.minimum(np.maximum(x - dx, 0) / c, 300.0)  # cosh(300)**2 is still finite
-    return dx / np.cosh(nearest) ** 2 + (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z)
+    return dx / np.cosh(nearest) ** 2 + (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z) + c * TINY
 
 
 def weight_error(dz: np.ndarray, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
-    """Step 3: rho, the relative error of a weight."""
+    """Step 3: delta; a weight is within a factor e^delta of the true one."""
     u, z, m = claim.u, solved.z, solved.m[..., None]
     delta = np.abs(z)
     delta *= 2
@@ -263,30 +256,26 @@ def weight_error(dz: np.ndarray, solved: Solved, B: np.ndarray, claim: Claim) ->
     delta *= u
     delta += dz
     delta += ((B + 1) * (claim.eps_exp + u))[..., None]
-    np.minimum(delta, 700.0, out=delta)  # e^700 is still finite, and the row vacuous
-    rho = np.expm1(delta, out=delta)
     if claim.rounded_weights_in_sum:
-        rho += claim.u_p * (1 + rho)
-    return rho
+        delta -= np.log1p(-claim.u_p)
+    return np.minimum(delta, LARGEST_DELTA, out=delta)
 
 
 def sink_error(block: Block, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
-    """Step 3 for the sink: rho_t; 0 where there is none."""
+    """Step 3 for the sink; 0 where there is none."""
     u, a, m = claim.u, block.sinks, solved.m
     none = np.isneginf(a)
     a = np.where(none, 0.0, a)
     delta = u * (np.abs(m - a) + 2 * np.abs(a) + 2 * np.abs(m)) + (B + 2) * (claim.eps_exp + u)
-    return np.where(none, 0.0, np.expm1(np.minimum(delta, 700.0)))
+    return np.where(none, 0.0, np.minimum(delta, LARGEST_DELTA))
 
 
-def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, n, claim: Claim):
+def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, lost, eta: Underflow):
     """Step 4: C, what weight errors common to numerator and denominator can do; also their underflow."""
     spread, spread_soft = weighted_spread(block, solved.output, w, w_soft)
-    eta = TINY + (claim.eta_p if claim.rounded_weights_in_sum else 0.0)
-    lost = eta * n / positive(solved.L)
-    o = np.abs(solved.output)
-    floor = (solved.pi * rho_sink + lost)[..., None] * o + eta * block.value_sum / positive(solved.L)[..., None]
-    return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor, lost
+    floor = (solved.pi * rho_sink + lost)[..., None] * np.abs(solved.output)
+    floor += (eta.shared / positive(solved.L))[..., None] * block.value_sum
+    return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor
 
 
 def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray):
@@ -317,16 +306,15 @@ def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * o * block.mix(w, v) + lift, 0) + slack
 
 
-def private_error(block: Block, solved: Solved, private, n, B, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
+def private_error(block: Block, solved: Solved, private, n, B, claim: Claim, eta: Underflow):
     """Step 5: N, errors of the numerator alone: weights and values as rounded for P.V, and its summation."""
     u = claim.u
     u_p = 0.0 if claim.rounded_weights_in_sum else claim.u_p
-    eta_p = 0.0 if claim.rounded_weights_in_sum else claim.eta_p
     steps = n + B + 1 + (block.case.v_scale is not None)
     operands = (1 + u_p) * (1 + claim.u_in) - 1
     sums = gamma(steps, u) * (1 + operands)
     magnitude = block.mix(private, block.abs_values)  # sum p (1 + rho) |v|
-    lost = (eta_p * block.value_sum + TINY * (n + B)[..., None]) / positive(solved.L)[..., None]
+    lost = (eta.own[..., None] * block.value_sum + (eta.flushed * (n + B))[..., None]) / positive(solved.L)[..., None]
     lost = (1 + operands) * lost + claim.eta_in * private.sum(axis=-1, keepdims=True)
     hard = (operands + sums)[..., None] * magnitude + lost
     norm = np.sqrt(block.mix(private * private, block.values * block.values))

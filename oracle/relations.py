@@ -14,8 +14,9 @@ import numpy as np
 
 from oracle import poison
 from oracle.attend import attend
-from oracle.bound import Claim, error_bound
+from oracle.bound import error_bound
 from oracle.case import Case, Sequence, dtype_of, visible
+from oracle.claim import Claim
 from oracle.exact import live_slots
 
 EVERYTHING = np.ones((1, 1, 1), bool)

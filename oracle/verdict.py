@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from oracle.attend import blocks, solve
-from oracle.bound import Analysis, Claim, analyse, default_claim
+from oracle.bound import Analysis, analyse
 from oracle.case import Case, Sequence, visible
+from oracle.claim import Claim, default_claim
 
 Status = Literal["pass", "fail", "suspect", "vacuous"]
 

@@ -114,6 +114,21 @@ def test_spread_of_far_values_by_matrix_products_does_not_cancel_below_the_truth
     assert all(np.all(b >= a) for a, b in zip(exact, product, strict=True))
 
 
+def test_a_key_that_wins_by_far_is_known_though_its_logit_is_not():
+    """A logit of 1e3 rounded to 8 bits is off by 4, so the sums are; what one key wins they cannot change."""
+    case = long_context(40, "float32", "bfloat16")
+    queries, pages = np.array(case.queries) * 0 + 1, np.array(case.kv_pages)
+    pages[0, 3, 0::2] = 1e3 / 8
+    case = case.replace(queries=queries, kv_pages=pages, softmax_scale=1.0)
+    kernel = claim(case, Style())
+    analysis = analyse(case, kernel)
+    assert not analysis.vacuous.any()
+    assert np.all(analysis.hard < 2.0**-7 * np.abs(pages[0, 3, 1::2]).max())
+    assert judge(case, run(case, Style())[0], kernel).status == "pass"
+    tie = case.replace(kv_pages=np.where(np.arange(16)[:, None, None] == 4, pages[:, 3:4], pages))
+    assert analyse(tie, kernel).vacuous.all()
+
+
 def test_soft_is_never_above_hard():
     for seed in range(20):
         case = draw_case(seed, "float16")
