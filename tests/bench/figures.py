@@ -1,0 +1,44 @@
+"""The README's figures, written from the records that ship: `python tests/bench/figures.py` puts them in place."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "tests" / "bench" / "records"
+_BLOCK = re.compile(r"(<!-- figures:(?P<name>[\w-]+) -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+
+def cpu() -> str:
+    """A line for each cell of `rpa bench` on the CPU of the record."""
+    data = json.loads((RECORDS / "cpu.json").read_text())
+    limits = data["ceilings"]
+    lines = [
+        f"{data['date']}, {limits['device']}, jax {data['versions']['jax']}: "
+        f"read stream {limits['read'] / 1e9:.1f} GB/s, f32 product {limits['burst']['float32'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "| cell | ms | of the ceiling | error / bound |",
+        "|---|---|---|---|",
+    ]
+    for r in data["results"]:
+        if r["seconds"] is not None and not r["tags"]["families"]:
+            fraction = f"{100 * r['floor'] / r['seconds']:.0f} %"
+            lines.append(f"| `{r['cell']}` | {r['seconds'] * 1e3:.3g} | {fraction} | {r['ratio']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+FIGURES = {"cpu": cpu}
+
+
+def filled(text: str) -> str:
+    """`text` with every figures block written anew from its record."""
+    return _BLOCK.sub(lambda block: block[1] + FIGURES[block["name"]]() + block[3], text)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(filled(readme.read_text()))
+    sys.stdout.write(f"wrote the figures of {', '.join(FIGURES)} into {readme.name}\n")
