@@ -244,6 +244,14 @@ def test_page_ids_and_unread_slots_change_no_bit():
     assert bits(call(case.replace(kv_pages=pages, block_tables=tables), runs=runs)) == expected
 
 
+def test_options_that_say_nothing_change_no_bit():
+    case = build(*LONG, WIDE, compute_dtype="bfloat16")
+    expected = bits(call(case))
+    longest = max(LONG[1])
+    silent = np.full(WIDE.q_heads, -np.inf, np.float32)
+    assert bits(call(case.replace(sliding_window=longest, softmax_aux=silent))) == expected
+
+
 def test_an_invalid_sequence_is_nan_and_its_neighbours_keep_their_bits():
     case = build(*LONG, WIDE)
     runs = program(**case.options)
