@@ -111,10 +111,10 @@ def _scales(inputs: Inputs, plan: Plan) -> jax.Array:
 
 
 def _sinks(inputs: Inputs, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """The sinks in units of log2, laid out like the running maxima of the two paths."""
+    """The sinks, laid out like the running maxima of the two paths."""
     if inputs.softmax_aux is None:
         return jnp.zeros((1, 1, 128), jnp.float32), jnp.zeros((8, 1), jnp.float32)
-    sink = inputs.softmax_aux.astype(jnp.float32).reshape(plan.heads, plan.group) * kernel.LOG2E
+    sink = inputs.softmax_aux.astype(jnp.float32).reshape(plan.heads, plan.group)
     lanes = jnp.repeat(sink, plan.block_q, axis=1)
     lanes = jnp.pad(lanes, ((0, 0), (0, plan.packed_rows - lanes.shape[1])))
     rows = jnp.pad(sink, ((0, 0), (0, plan.decode_rows - plan.group)))

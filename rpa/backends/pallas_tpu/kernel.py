@@ -52,8 +52,8 @@ class Refs(NamedTuple):
 
     tiles: Tiles  # SMEM, int32 [N] each
     scales: jax.Ref  # SMEM f32 [2, heads]: key scales, value scales
-    sinks: jax.Ref  # VMEM f32 [heads, 1, packed_rows], in units of log2
-    decode_sinks: jax.Ref  # VMEM f32 [heads * decode_rows, 1], in units of log2
+    sinks: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
+    decode_sinks: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
     queries: jax.Ref  # HBM [T, q_heads, head_dim]
     tables: jax.Ref  # HBM int32 [S * slices, 1, table_entries]
     pages: jax.Ref  # HBM [P, page, 2 * heads, head_dim]
@@ -216,7 +216,7 @@ def _fetch_pages(refs: Refs, plan: Plan) -> None:
 
     def start(page):
         source = refs.table[offset + page]
-        pltpu.make_async_copy(refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot]).start()
+        page_copy(refs, source, slot, page).start()
 
     if plan.block_pages <= UNROLLED_PAGES:
         for page in range(plan.block_pages):
@@ -226,6 +226,11 @@ def _fetch_pages(refs: Refs, plan: Plan) -> None:
     _advance(refs, plan, PAGE_TILE, PAGE_BLOCK, tile, block)
     _next_slot(refs, PAGE_TABLE_SLOT, TABLE_SLOTS)
     _next_slot(refs, PAGE_SLOT, plan.buffers)
+
+
+def page_copy(refs: Refs, source, slot, page):
+    """The transfer of one page of the pool to its place in a buffer."""
+    return pltpu.make_async_copy(refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot])
 
 
 def _wait_pages(refs: Refs, plan: Plan, tile, block, slot) -> None:
@@ -398,7 +403,7 @@ def _as_words(stored, plan: Plan):
     """[tokens, word_rows, head_dim] of words from [tokens, 2 * heads, head_dim] as stored."""
     if not plan.paired:
         return stored
-    if plan.kv_dtype != "float16":  # float16 comes as int16: its bits travel, `_half` widens them
+    if plan.kv_dtype != "float16":  # float16 comes as int16: its bits travel, `half` widens them
         stored = stored.astype(jnp.bfloat16)  # fp8 and int8 values are all bf16 values
     return pltpu.bitcast(stored, jnp.uint32)
 
@@ -410,7 +415,7 @@ def _load_kv(refs: Refs, plan: Plan, head: int):
     words = _load_rows(refs, plan, head)
     if plan.kv_dtype == "float16":
         kind = jnp.float32 if plan.f32_dots else jnp.bfloat16
-        return _half(words & 0xFFFF).astype(kind), _half(words >> 16).astype(kind)
+        return half(words & 0xFFFF).astype(kind), half(words >> 16).astype(kind)
     if plan.f32_dots:
         return (
             lax.bitcast_convert_type(words << 16, jnp.float32),
@@ -430,7 +435,7 @@ def _load_rows(refs: Refs, plan: Plan, row: int):
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def _half(bits):
+def half(bits):
     """f32 of IEEE half bits, subnormals, inf and NaN included: a TPU has no f16 arithmetic."""
     bits = bits.astype(jnp.int32)
     magnitude = bits & 0x7FFF
@@ -480,18 +485,17 @@ def _close(m, l, sink, plan: Plan):
     """Fold the sink in: what the accumulator is multiplied with, and the lse. A row that saw nothing gets 0.
 
     Args:
-        m, l, sink: f32 of one shape, m and sink in units of log2.
+        m, l, sink: f32 of one shape; m in units of log2, sink as given.
     """
-    keep = jnp.ones_like(m)
+    keep, sums, blind = jnp.ones_like(m), l, -jnp.inf
     if plan.sinks:
-        top = jnp.maximum(m, sink)
+        top = jnp.maximum(m, sink * LOG2E)
         keep = jnp.exp2(m - top)
-        l = l * keep + jnp.exp2(sink - top)
-        m = top
+        sums = l * keep + jnp.exp2(sink * LOG2E - top)
+        m, blind = top, sink
     seen = l > 0.0
-    factor = jnp.where(seen, keep / jnp.where(seen, l, 1.0), 0.0)
-    lse = jnp.where(seen, m * LN2 + jnp.log(jnp.where(seen, l, 1.0)), -jnp.inf)
-    return factor, lse
+    sums = jnp.where(seen, sums, 1.0)
+    return jnp.where(seen, keep / sums, 0.0), jnp.where(seen, m * LN2 + jnp.log(sums), blind)
 
 
 # ------------------------------------------------ one row: decode

@@ -11,6 +11,8 @@ from rpa.signature import Signature
 LANES = 128
 SUBLANES = 8
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+# What a config's options may hold: tokens unpacked by one piece of code, cores that share the tiles.
+OPTIONS = ("unpack_tokens", "cores")
 # Table entries that one transfer brings to SMEM; a block's entries never straddle two transfers.
 TABLE_ENTRIES = 128
 # Blocks that the table transfers run ahead of the page transfers, to hide their latency.
@@ -173,6 +175,9 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         raise ValueError(
             f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills"
         )
+    unknown = [name for name, _ in config.options if name not in OPTIONS]
+    if unknown:
+        raise ValueError(f"option {unknown[0]!r}: the TPU kernel knows {' and '.join(OPTIONS)}")
     half = signature.compute_dtype == "bfloat16"
     return Plan(
         q_heads=signature.num_q_heads,
@@ -193,6 +198,6 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         block_pages=pages,
         buffers=buffers,
         unpack_tokens=config.option("unpack_tokens", pages * signature.page_size),
-        cores=cores,
+        cores=config.option("cores", cores),
         slices=-(-signature.pages_per_seq // table_entries(pages)),
     )
