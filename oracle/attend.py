@@ -90,10 +90,11 @@ def attend(case: Case) -> tuple[np.ndarray, np.ndarray]:
     Rows of nobody hold 0 and -inf, rows of a sequence with invalid metadata NaN. `compute_dtype` has no part in it.
     """
     output, lse = blank(case)
-    for block in blocks(case):
-        solved = solve(block)
-        block.scatter(solved.output, output)
-        block.scatter(solved.lse, lse)
+    with np.errstate(over="ignore", invalid="ignore"):  # live inf and NaN go where they go
+        for block in blocks(case):
+            solved = solve(block)
+            block.scatter(solved.output, output)
+            block.scatter(solved.lse, lse)
     return output, lse
 
 

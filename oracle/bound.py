@@ -36,6 +36,7 @@ from oracle.claim import underflow_unit as underflow_unit
 from oracle.claim import unit_roundoff as unit_roundoff
 
 LAMBDA = 7.5  # of SOFT: an element exceeds it with probability 2 exp(-LAMBDA**2 / 2) = 1.2e-12
+HALF = float(np.finfo(np.float16).max)
 LARGEST_DELTA = 700.0  # e^700 is still finite, and a row with such an error vacuous
 LARGEST = float(np.finfo(np.float32).max)  # beyond it an f32 intermediate may overflow, so nothing is claimed
 
@@ -344,8 +345,23 @@ def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: C
     largest = float(ml_dtypes.finfo(dtype_of(block.case.queries.dtype.name)).max)
     reach = np.abs(solved.output) + e
     result = e + claim.u_o * reach + claim.eta_o
-    result = np.where((reach > largest) | (block.value_sum > LARGEST), np.inf, result)
+    unclaimed = (reach > largest) | (block.value_sum > LARGEST) | operands_overflow(block)
+    result = np.where(unclaimed, np.inf, result)
     return np.where((n > 0)[..., None], result, 0.0)
+
+
+def operands_overflow(block: Block) -> np.ndarray:
+    """Where rounding an operand to the dots' dtype may give inf: bool `[E, 1, 1, 1]`. Only float16 is that narrow."""
+    case, s = block.case, abs(block.case.scale)
+    none = np.zeros((1, 1, 1, 1), bool)
+    if (case.compute_dtype or case.queries.dtype.name) != "float16":
+        return none
+    stored_so = case.queries.dtype == case.kv_pages.dtype == np.float16
+    if stored_so and case.k_scale is None and case.v_scale is None and s <= 1:
+        return none
+    largest = [np.abs(x).max(axis=tuple(range(1, x.ndim)), initial=0.0) for x in (block.keys, block.values)]
+    queries = np.abs(block.queries).max(axis=(1, 2, 3), initial=0.0) * max(1.0, s)
+    return (np.max([*largest, queries], axis=0) > HALF)[:, None, None, None]
 
 
 def lse_error(solved: Solved, moved: np.ndarray, th: np.ndarray, claim: Claim) -> np.ndarray:

@@ -384,6 +384,8 @@ def _check(case: Case) -> None:
         )
     if case.softmax_aux is not None and case.softmax_aux.shape != (case.num_q_heads,):
         raise ValueError(f"softmax_aux has shape {case.softmax_aux.shape}; it must be [{case.num_q_heads}]")
+    if case.softmax_aux is not None and not np.all(case.softmax_aux < np.inf):
+        raise ValueError(f"softmax_aux = {case.softmax_aux}; a sink must be finite, or -inf for none")
     if not math.isfinite(case.scale):
         raise ValueError(f"softmax_scale = {case.softmax_scale} must be finite")
     if case.logits_soft_cap is not None and not 0 < case.logits_soft_cap < math.inf:

@@ -145,6 +145,15 @@ def test_nothing_is_claimed_where_the_output_may_overflow():
     assert judge(wide, np.full(case.queries.shape, np.nan, np.float16)).status == "fail"
 
 
+def test_nothing_is_claimed_where_an_operand_does_not_fit_float16():
+    case = long_context(40, "float32", "float16")
+    pages = np.array(case.kv_pages)
+    pages[2, 3, 0, 5] = 70000  # one number of one key of kv head 0
+    bound = error_bound(case.replace(kv_pages=pages), default_claim(case))
+    assert np.all(np.isinf(bound[:, 0]))
+    assert np.all(np.isfinite(bound[:, 1]))
+
+
 @pytest.mark.parametrize(
     ("queries", "pages", "compute", "u_in", "u_p"),
     [

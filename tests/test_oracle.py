@@ -248,6 +248,7 @@ def test_the_hash_sees_every_field():
         ({"context_lens": [2**31, 0, 0]}, ValueError, "int32 cannot"),
         ({"query_start_loc": [0, 1]}, ValueError, "must have S, S and S"),
         ({"softmax_aux": np.zeros(2)}, ValueError, "softmax_aux has shape"),
+        ({"softmax_aux": [0.0, np.nan, 0.0, 0.0]}, ValueError, "a sink must be finite, or -inf"),
         ({"sliding_window": 0}, ValueError, "sliding_window = 0"),
         ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap = -1"),
         ({"logits_soft_cap": float("nan")}, ValueError, "logits_soft_cap = nan"),
