@@ -21,7 +21,7 @@ SMALL = RaggedPageAttentionv2Config(
     platform="triton",
     num_warps=4,
     num_stages=2,
-    options=(("long_m", 16), ("long_n", 16), ("programs", 3), ("short_n", 16), ("split", 16)),
+    options=(("long_m", 16), ("long_n", 16), ("programs", 3), ("short_n", 16), ("shortest", 16)),
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from rpa import numerics
+from rpa import device, numerics
 from rpa.backends.triton import plan, tuning
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
@@ -22,30 +22,30 @@ MOST_DIM = 512
 def _run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
     from rpa.backends.triton import launch
 
-    return launch.run(inputs, signature, tuning.complete(signature, config))
+    return launch.run(inputs, signature, tuning.complete(signature, config, device.current(inputs.queries)))
 
 
-def _supports(signature: Signature, device: Device) -> str | None:
-    if device.platform != "gpu":
-        return f"it runs on GPUs, not on {device.platform}"
-    if device.interpreted:
+def _supports(signature: Signature, chip: Device) -> str | None:
+    if chip.platform != "gpu":
+        return f"it runs on GPUs, not on {chip.platform}"
+    if chip.interpreted:
         return "it does not run inside a Pallas interpreter"
     missing = [name for name in ("triton", "jax_triton") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} is not installed (pip install 'rpa[gpu]')"
-    if device.capability is not None and device.capability < (8, 0):
-        return f"it needs compute capability 8.0, and {device.kind} has {'.'.join(map(str, device.capability))}"
+    if chip.capability is not None and chip.capability < (8, 0):
+        return f"it needs compute capability 8.0, and {chip.kind} has {'.'.join(map(str, chip.capability))}"
     if signature.head_dim > MOST_DIM:
         return f"head_dim = {signature.head_dim} is more than {MOST_DIM}"
-    if signature.kv_dtype == "float8_e4m3fn" and device.capability is not None and device.capability < (8, 9):
-        return f"float8_e4m3fn needs compute capability 8.9, and {device.kind} has {'.'.join(map(str, device.capability))}"
+    if signature.kv_dtype == "float8_e4m3fn" and chip.capability is not None and chip.capability < (8, 9):
+        return f"float8_e4m3fn needs compute capability 8.9, and {chip.kind} has {'.'.join(map(str, chip.capability))}"
     return None
 
 
-def _claim(signature: Signature, device: Device) -> dict[str, Any]:
-    tiles = plan.make(signature, tuning.heuristic(signature, device)).attend.constants
+def _claim(signature: Signature, chip: Device) -> dict[str, Any]:
+    tiles = plan.make(signature, tuning.heuristic(signature, chip)).attend.constants
     block = min(tiles["SHORT_N"], tiles["LONG_N"])
-    return numerics.claim(signature, device, block=min(block, 32))
+    return numerics.claim(signature, chip, block=min(block, 32))
 
 
 BACKEND = Implementation(

@@ -136,7 +136,9 @@ def _patched(memory: Memory) -> Iterator[None]:
         return _handle(_numpy(src), dst_type)
 
     changes = {"create_masked_load": checked_load, "create_masked_store": checked_store, "create_dot": _dot}
-    changes |= {name: convert for name in ("create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp")}
+    changes |= {
+        name: convert for name in ("create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp")
+    }
     before = {name: getattr(builder, name) for name in changes}
     library = _library()
     originals = {name: getattr(tl, name) for name in library}
@@ -188,7 +190,9 @@ def run(
 
     module = load(source)
     plan = planning.make(signature, config)
-    outputs = {name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in scratch(signature, plan).items()}
+    outputs = {
+        name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in scratch(signature, plan).items()
+    }
     arrays = bind(inputs, outputs)
     attend = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "sinks", "k_scale",
               "v_scale", "output", "lse", "part_acc", "part_ml")  # fmt: skip

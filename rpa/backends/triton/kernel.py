@@ -30,17 +30,26 @@ def _max(a, b):
 
 @triton.jit
 def _splits(
-    context, q_len, WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    context, q_len, live, WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SHORTEST: tl.constexpr,
+    LONGEST: tl.constexpr, SPLITS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """First key (a multiple of ALIGN), keys a split (of BLOCK) and splits of a short sequence; scalars or vectors."""
+    """First key (a multiple of ALIGN), keys a split (of BLOCK) and splits of a short sequence; scalars or vectors.
+
+    At most SPLITS of them, 32 of SHORTEST keys or any number of four times that; more where one would have more than
+    LONGEST keys. ITEMS > 0 (the caller does not ask for batch invariance) also stops at ITEMS over the live sequences.
+    """
     low = tl.maximum(context - q_len, 0)
     if WINDOW > 0:
         low = tl.maximum(low - (WINDOW - 1), 0) // ALIGN * ALIGN
     else:
         low = low * 0
     keys = tl.maximum(context - low, 1)
-    count = tl.minimum((keys + SPLIT - 1) // SPLIT, MAX_SPLITS)
+    most = SPLITS
+    if ITEMS > 0:
+        most = tl.minimum(tl.maximum(ITEMS // tl.maximum(live, 1), 1), SPLITS)
+    count = tl.maximum(tl.minimum((keys + SHORTEST - 1) // SHORTEST, 32), keys // (4 * SHORTEST))
+    count = tl.minimum(count, most)
+    count = tl.maximum(count, (keys + LONGEST - 1) // LONGEST)
     size = (keys + count - 1) // count
     size = (size + BLOCK - 1) // BLOCK * BLOCK
     return low, size, (keys + size - 1) // size
@@ -51,9 +60,10 @@ def _survey(
     query_start_loc, context_lens, num_seqs,
     T: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
     SHORT_Q: tl.constexpr, LONG_Q: tl.constexpr, HAS_LONG: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    SPLITS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
-    """Inclusive prefix sums of short and of long items, each sequence's first row [S_PAD]; first and last owned row.
+    """Inclusive prefix sums of short and of long items, first rows [S_PAD each]; first and last owned row; live count.
 
     Dead metadata is loaded (all loads leave at once) and then forgotten.
     """
@@ -62,13 +72,14 @@ def _survey(
     end = tl.load(query_start_loc + s + 1, mask=s < S, other=0)
     context = tl.load(context_lens + s, mask=s < S, other=0)
     zeroth = tl.load(query_start_loc)
-    alive = s < tl.minimum(tl.load(num_seqs), S)
+    live = tl.minimum(tl.load(num_seqs), S)
+    alive = s < live
     start = tl.minimum(tl.maximum(tl.associative_scan(tl.where(alive, begin, 0), 0, _max), 0), T)
     stop = tl.where(alive, tl.minimum(tl.maximum(end, start), T), start)
     valid = (begin == start) & (end == stop) & (context >= 0) & (context <= CAPACITY) & alive
     rows = stop - start
     q_len = tl.where(valid, rows, 0)
-    low, size, splits = _splits(tl.where(valid, context, 0), q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    low, size, splits = _splits(tl.where(valid, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
     short = tl.where(rows <= SHORT_Q, tl.where(rows > 0, splits, 0), 0)
     long = tl.where(rows <= SHORT_Q, 0, rows)
     if HAS_LONG:
@@ -79,7 +90,7 @@ def _survey(
         long_sums = short_sums
     last = tl.max(tl.where(alive, stop, 0), 0)
     first = tl.minimum(tl.maximum(zeroth, 0), last)
-    return short_sums, long_sums, start, first, last
+    return short_sums, long_sums, start, first, last, live
 
 
 @triton.jit
@@ -303,7 +314,8 @@ def attend_kernel(
     SHORT_ONE_PAGE: tl.constexpr,
     HAS_LONG: tl.constexpr, LONG_M: tl.constexpr, LONG_Q: tl.constexpr, LONG_N: tl.constexpr,
     LONG_STAGES: tl.constexpr, LONG_ONE_PAGE: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
     LAZY: tl.constexpr,
     EARLY: tl.constexpr, CLEAR: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -312,9 +324,9 @@ def attend_kernel(
     queries, output [T, HQ, D]; kv_pages [P, PAGE, 2 * HKV, D]; lse [T, HQ]; part_acc [slots, HQ, MAX_SPLITS, D] and
     part_ml [slots, HQ, MAX_SPLITS, 2] (maximum, sum) hold the splits of short sequences, unwritten where there is one split.
     """
-    short_sums, long_sums, starts, first_row, last_row = _survey(
+    short_sums, long_sums, starts, first_row, last_row, live = _survey(
         query_start_loc, context_lens, num_seqs, T, S, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
-        SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SPLIT, MAX_SPLITS,
+        SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS,
     )  # fmt: skip
     shorts = tl.max(short_sums, 0)
     longs = shorts * 0
@@ -345,12 +357,13 @@ def attend_kernel(
                 long_index = index - short_index
             if is_short:
                 _short_item(
-                    short_sums, short_index, starts, kv_head, first_head,
+                    short_sums, short_index, starts, live, kv_head, first_head,
                     queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
                     output, lse, part_acc, part_ml,
                     T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
                     HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
-                    SHORT_M, SHORT_Q, SHORT_STAGES, SHORT_ONE_PAGE, ALIGN, SHORT_N, SPLIT, MAX_SPLITS, ROW_SLOTS,
+                    SHORT_M, SHORT_Q, SHORT_STAGES, SHORT_ONE_PAGE, ALIGN, SHORT_N, SHORTEST, LONGEST,
+                    SPLITS, ITEMS, MAX_SPLITS, ROW_SLOTS,
                     LAZY,
                 )  # fmt: skip
             else:
@@ -401,7 +414,7 @@ def _rows(first_token, stop, first_head, kv_head, M: tl.constexpr, Q: tl.constex
 
 @triton.jit
 def _short_item(
-    sums, index, starts, kv_head, first_head,
+    sums, index, starts, live, kv_head, first_head,
     queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
     output, lse, part_acc, part_ml,
     T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
@@ -409,14 +422,15 @@ def _short_item(
     WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
     WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
     M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
     LAZY: tl.constexpr,
 ):  # fmt: skip
     """One split of a short sequence, or one narrow tile of a long one in a program without long tiles."""
     sequence, number = _find(sums, index, S_PAD)
     start = tl.sum(tl.where(tl.arange(0, S_PAD) == sequence, starts, 0), 0)
     stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
-    low, size, splits = _splits(context, q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    low, size, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
     table = block_tables + sequence.to(tl.int64) * PAGES_PER_SEQ
     whole = stop - start > Q  # several tiles, hence one split
     splits = tl.where(whole | (bad > 0), 1, splits)
@@ -521,7 +535,8 @@ def combine_kernel(
     T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     HKV: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr, SHORT_Q: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr, ROW_SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one head of one short sequence, in the order of their keys.
@@ -535,12 +550,12 @@ def combine_kernel(
     begin = tl.load(query_start_loc + sequence)
     end = tl.load(query_start_loc + sequence + 1)
     context = tl.load(context_lens + sequence)
-    live = tl.load(num_seqs)
+    live = tl.minimum(tl.load(num_seqs), S)
     start = tl.minimum(tl.maximum(tl.max(begins, 0), 0), T)
     q_len = end - begin
     good = (sequence < live) & (begin == start) & (end >= begin) & (end <= T)
     good = good & (context >= 0) & (context <= PAGES_PER_SEQ * PAGE) & (q_len <= SHORT_Q)
-    low, size, splits = _splits(tl.where(good, context, 0), q_len, WINDOW, ALIGN, SHORT_N, SPLIT, MAX_SPLITS)
+    low, size, splits = _splits(tl.where(good, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
     if good & (splits > 1):
         for local in tl.range(0, q_len, num_stages=1):
             token = start + local + tl.zeros([1], tl.int32)

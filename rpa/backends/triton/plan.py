@@ -14,9 +14,11 @@ from rpa.config import RaggedPageAttentionv2Config
 from rpa.signature import Signature
 
 MULTIPROCESSORS = 132  # an H100 or H200; others are close enough for a grid that walks a list of items
+ITEMS = 256  # splits times kv heads that fill the multiprocessors of one chip, twice over
+MOST_SPLITS = 128
 MOST_HEADS = 64  # query heads packed into a tile; a larger group takes several
 OPTIONS = (
-    "long_m", "long_n", "short_n", "short_stages", "split", "early", "programs", "lazy",
+    "long_m", "long_n", "short_n", "short_stages", "shortest", "longest", "early", "programs", "lazy",
     "combine_warps", "mask", "one_page", "max_registers",
 )  # fmt: skip
 
@@ -64,18 +66,20 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config) -> Plan:
     """
     unknown = sorted(set(dict(config.options)) - set(OPTIONS))
     if unknown:
-        raise ValueError(f"config option {unknown[0]!r} is unknown to the triton backend; it knows {', '.join(OPTIONS)}")
+        raise ValueError(
+            f"config option {unknown[0]!r} is unknown to the triton backend; it knows {', '.join(OPTIONS)}"
+        )
     shape = _shape(signature)
     tiles = _tiles(signature, config)
     split = _splitting(signature, config, tiles)
     options = _options(signature)
     has_splits = split["MAX_SPLITS"] > 1
     bound = _bound(signature, tiles, split)
-    programs = min(bound, config.option("programs", (16 if tiles["HAS_LONG"] else 4) * MULTIPROCESSORS))
+    programs = min(bound, config.option("programs", 16 * MULTIPROCESSORS))
     attend = Launch(
         grid=(programs,),
         constants=shape | options | tiles | split | {
-            "EARLY": config.option("early", 75), "CLEAR": 4096, "PROGRAMS": programs, "LAZY": bool(config.option("lazy", 1)),
+            "EARLY": config.option("early", 50), "CLEAR": 4096, "PROGRAMS": programs, "LAZY": bool(config.option("lazy", 1)),
             "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature), "SCALE": signature.softmax_scale,
             "CAP": signature.logits_soft_cap or 0.0, "COMPUTE": signature.compute_dtype, "P": signature.num_pages,
         },
@@ -131,15 +135,29 @@ def _tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> dict[st
     }  # fmt: skip
 
 
-def _splitting(signature: Signature, config: RaggedPageAttentionv2Config, tiles: dict[str, Any]) -> dict[str, Any]:
-    """How the keys of short sequences are cut: into pieces of `split` keys or more, at most MAX_SPLITS of them."""
+def _splitting(
+    signature: Signature, config: RaggedPageAttentionv2Config, tiles: dict[str, Any]
+) -> dict[str, Any]:
+    """How the keys of short sequences are cut; from static shapes, unless the caller lets the batch decide."""
     keys = signature.capacity
     if signature.sliding_window is not None:
         keys = min(keys, signature.sliding_window + tiles["SHORT_Q"] + tiles["ALIGN"])
-    split = max(config.option("split", 1024), tiles["SHORT_N"])
-    most = min(config.num_kv_splits or 32, max(1, math.ceil(keys / split)))
-    by_row = signature.num_tokens <= signature.max_seqs * tiles["SHORT_Q"]
-    return {"SPLIT": split, "MAX_SPLITS": most, "ROW_SLOTS": by_row}
+    shortest = max(config.option("shortest", 128), tiles["SHORT_N"])
+    longest = max(config.option("longest", 8192), shortest)
+    wanted = ITEMS * (1 if signature.head_dim > 64 else 2) // tiles["HEAD_GROUPS"]
+    limit = config.num_kv_splits or MOST_SPLITS
+    splits = limit
+    if config.num_kv_splits is None and not signature.optimized:
+        splits = max(1, min(limit, wanted // signature.max_seqs))
+    fine = max(min(math.ceil(keys / shortest), 32), keys // (4 * shortest))
+    most = max(min(splits, fine), math.ceil(keys / longest))
+    if keys <= 2 * shortest:  # a window, say: two splits would cost a launch and save nothing
+        longest, splits, most = max(longest, 2 * shortest), 1, 1
+    return {
+        "SHORTEST": shortest, "LONGEST": longest, "SPLITS": splits, "MAX_SPLITS": most,
+        "ITEMS": max(1, wanted) if signature.optimized and config.num_kv_splits is None else 0,
+        "ROW_SLOTS": signature.num_tokens <= signature.max_seqs * tiles["SHORT_Q"],
+    }  # fmt: skip
 
 
 def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -> int:
@@ -151,7 +169,9 @@ def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -
     return max(1, max((short + (long if tiles["HAS_LONG"] else 0)) * tiles["HEAD_GROUPS"], clear))
 
 
-def _combine(signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]) -> Launch:
+def _combine(
+    signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]
+) -> Launch:
     """One program a sequence and head; as many splits at once as registers hold."""
     keep = {name: tiles[name] for name in ("SHORT_Q", "SHORT_N", "ALIGN")}
     padded = pow2(split["MAX_SPLITS"])

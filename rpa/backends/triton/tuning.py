@@ -1,4 +1,4 @@
-"""Which config a call runs with: measured on an H200 (tests/bench/records), extended by rule elsewhere."""
+"""Which config a call runs with: rules read off sweeps on an H200 (tests/bench/records), from static shapes alone."""
 
 from __future__ import annotations
 
@@ -7,33 +7,120 @@ from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Signature
 
+# Shared memory a program may take, in bytes: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on consumer chips, 64 on AMD.
+SHARED = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+SHARED_NVIDIA, SHARED_AMD = 99 << 10, 64 << 10
+
 
 def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
-    """The config for a call, from its static shapes alone."""
-    dim, wide = plan.pow2(signature.head_dim), signature.compute_dtype == "float32"
-    long_m = 32 if wide else 128 if dim <= 256 else 64
-    long_n = 32 if wide or dim > 128 else 64
-    short_n = 32 if wide or dim > 128 else 64
+    """The config for a call, from its static shapes and the chip."""
     has_long = signature.num_tokens > signature.max_seqs
-    options = {"long_m": long_m, "long_n": long_n, "short_n": short_n, "split": 1024}
+    options, warps, stages, registers = _long(signature) if has_long else _short(signature)
+    if registers and _vendor(device) == "nvidia":
+        options = options | {"max_registers": registers}
+    stages = _fitting(signature, options, stages, _shared(device))
     return RaggedPageAttentionv2Config(
-        num_warps=8 if has_long and not wide else 4,
-        num_stages=2 if wide or dim > 256 else 3,
-        platform="triton",
-        options=tuple(options.items()),
+        num_warps=warps, num_stages=stages, platform="triton", options=tuple(options.items())
     )
+
+
+def _short(signature: Signature) -> tuple[dict[str, int], int, int, int]:
+    """Decode: options, warps, stages, register limit (0: none)."""
+    # Whole waves of programs whether 1, 2, 3, 4 or 6 of them share a multiprocessor: 4 a multiprocessor lost 14 %
+    # where registers let 3 share one. Small pieces for few sequences, for the same reason.
+    programs = 24 * plan.MULTIPROCESSORS
+    longest = (
+        8192 if signature.max_seqs * signature.num_kv_heads >= 1024 or signature.head_dim <= 64 else 4096
+    )
+    base = {"longest": longest, "programs": programs}
+    if signature.compute_dtype == "float32":
+        return base | {"short_n": 32, "long_n": 32}, 4, 2, 0
+    if signature.head_dim <= 64:
+        window = signature.sliding_window
+        if window is not None and window <= 512:  # items of a microsecond: few programs that walk many
+            few = base | {"programs": 4 * plan.MULTIPROCESSORS}
+            if signature.max_seqs >= 32:
+                return few | {"short_n": 32, "long_n": 32}, 1, 4, 0
+            return few | {"short_n": 64, "long_n": 64}, 2, 4, 0
+        return base | {"short_n": 64, "long_n": 64}, 2, 4, 0
+    if signature.head_dim <= 128:
+        return base | {"short_n": 64, "long_n": 64}, 4, 3, 0
+    return base | {"short_n": 32, "long_n": 32}, 4, 3, 0
+
+
+def _long(signature: Signature) -> tuple[dict[str, int], int, int, int]:
+    """Prefill, chunks and mixed batches: options, warps, stages, register limit."""
+    base = {"longest": 2048, "programs": 16 * plan.MULTIPROCESSORS}
+    if signature.compute_dtype == "float32":
+        return base | {"long_m": 32, "long_n": 32, "short_n": 32}, 4, 2, 0
+    if signature.head_dim <= 64:
+        if signature.sliding_window is not None and signature.sliding_window <= 1024:
+            return base | {"long_m": 64, "long_n": 32, "short_n": 32}, 4, 2, 128
+        return base | {"long_m": 128, "long_n": 64, "short_n": 64}, 8, 2, 128
+    if signature.head_dim <= 128:
+        # Few rows a sequence on average: decodes among chunks. Two small programs share a multiprocessor, so that
+        # one's loads run beside the other's matrix work.
+        if signature.num_tokens < 128 * signature.max_seqs:
+            return (
+                base | {"long_m": 64, "long_n": 64, "short_n": 64, "programs": 64 * plan.MULTIPROCESSORS},
+                4,
+                3,
+                0,
+            )
+        return base | {"long_m": 128, "long_n": 64, "short_n": 64}, 8, 3, 0
+    if signature.head_dim <= 256:
+        return base | {"long_m": 128, "long_n": 64, "short_n": 32}, 8, 2, 0
+    return base | {"long_m": 64, "long_n": 32, "short_n": 32}, 8, 2, 0
+
+
+def _vendor(device: Device) -> str:
+    return "amd" if "AMD" in device.kind or "Instinct" in device.kind else "nvidia"
+
+
+def _shared(device: Device) -> int:
+    if _vendor(device) == "amd":
+        return SHARED_AMD
+    return SHARED_NVIDIA if device.capability is None else SHARED.get(device.capability, SHARED_NVIDIA)
+
+
+def _fitting(signature: Signature, options: dict[str, int], stages: int, limit: int) -> int:
+    """As many pipeline stages as shared memory holds; shrinks `options` where even two do not fit."""
+    while True:
+        widest = max(options.get("long_n", 0), options["short_n"])
+        dim = plan.pow2(signature.head_dim)
+        size = 4 if "float32" in (signature.compute_dtype, signature.kv_dtype) else 2
+        queries = options.get("long_m", 16) * dim * size
+        fits = (limit - queries - 4096) // (2 * widest * dim * size)
+        if fits >= 2 or widest <= 16:
+            return max(min(stages, fits), 1)
+        for name in ("long_n", "short_n"):
+            options[name] = max(options.get(name, 16) // 2, 16)
+        options["long_m"] = max(options.get("long_m", 16) // 2, 16)
 
 
 def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
     """What autotuning tries; the heuristic's own config first."""
     first = heuristic(signature, device)
-    return (first,)
+    variants = [first]
+    for warps in (2, 4, 8):
+        for stages in (2, 3, 4):
+            for block in (32, 64):
+                options = dict(first.options) | {"short_n": block, "long_n": block}
+                variants.append(
+                    first.replace(num_warps=warps, num_stages=stages, options=tuple(options.items()))
+                )
+    limit = _shared(device)
+    fitting = [
+        c for c in variants if _fitting(signature, dict(c.options), c.num_stages or 1, limit) == c.num_stages
+    ]
+    return tuple(dict.fromkeys([first, *fitting]))
 
 
-def complete(signature: Signature, config: RaggedPageAttentionv2Config) -> RaggedPageAttentionv2Config:
+def complete(
+    signature: Signature, config: RaggedPageAttentionv2Config, device: Device
+) -> RaggedPageAttentionv2Config:
     """`config` with what it leaves open filled in by the heuristic."""
-    base = heuristic(signature, Device("gpu", ""))
-    given = dict(config.options)
+    base = heuristic(signature, device)
     defaults = dict(base.options)
     if config.num_kv_pages_per_block is not None:
         defaults = {k: v for k, v in defaults.items() if k not in ("short_n", "long_n")}
@@ -42,5 +129,5 @@ def complete(signature: Signature, config: RaggedPageAttentionv2Config) -> Ragge
     return config.replace(
         num_warps=config.num_warps or base.num_warps,
         num_stages=config.num_stages or base.num_stages,
-        options=tuple((defaults | given).items()),
+        options=tuple((defaults | dict(config.options)).items()),
     )
