@@ -75,6 +75,8 @@ class Tally:
             self.next_chunk = max(self.next_chunk, line["chunk"] + 1)
         elif kind == "failure":
             self.failures[line["id"]] = line
+        elif kind == "gap":
+            self.skipped[line["text"]] += 1
         elif kind == "accepts":
             self.accepted = line["texts"]
         elif kind == "case":
@@ -202,6 +204,10 @@ class Campaign:
             if rest[0] and not self.tally.accepted:
                 self._write("accepts", texts=rest[0])
             self._next(worker)
+        elif kind == "gap":
+            self._write("gap", text=rest[0])
+        elif kind == "barren":  # the target takes no shape of the stream
+            self.children.pop(worker).end()
         elif kind == "done":
             self.promised.pop(worker, None)
             self._next(worker)
@@ -229,14 +235,13 @@ class Campaign:
     def _judged(self, worker: int, plan: Plan, report: dict[str, Any]) -> None:
         failed = report["status"] in ("fail", "suspect")
         waiver = self.ledger.excuses(plan, failed, report["kind"])
-        news = self.tally.coverage.seen
-        before = len(news)
+        before = len(self.tally.coverage.seen)
         self._case(worker, plan, report, waived=str(waiver) if waiver and failed else None)
         self.promised[worker] = max(0, self.promised.get(worker, 0) - 1)
-        if (failed and not waiver) or len(self.tally.coverage.seen) - before >= 40:
-            if plan not in self.shared:
-                self.shared.add(plan)
-                corpus.save(self.store, self.settings.target, plan)
+        worth_sharing = (failed and not waiver) or len(self.tally.coverage.seen) - before >= 40
+        if worth_sharing and plan not in self.shared:
+            self.shared.add(plan)
+            corpus.save(self.store, self.settings.target, plan)
 
     def _case(self, worker: int, plan: Plan, report: dict[str, Any], waived: str | None = None) -> None:
         told = {"text": report["text"]} if report["status"] != "pass" else {}
@@ -249,8 +254,9 @@ class Campaign:
         plan = Plan.from_json(found["plan"])
         if self.ledger.excuses(plan, True, found["kind"]) is None:
             self._write("failure", **found)
+            entry = {"target": self.settings.target, "finding": found["id"], "plan": found["plan"]}
             with open(self.settings.out / "corpus.jsonl", "a") as stream:
-                stream.write(json.dumps({"target": self.settings.target, "finding": found["id"], "plan": found["plan"]}) + "\n")  # fmt: skip
+                stream.write(json.dumps(entry) + "\n")
 
     def _died(self, worker: int, how: str) -> None:
         """A child that crashed or hung: the case in flight is its failure; another child goes on."""

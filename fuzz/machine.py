@@ -169,7 +169,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def _judged(self, rows: list[int]) -> str | None:
         case = self._case(rows, self.cache, [stream.pages for stream in self.streams])
-        if self.target.supports(case) is not None:
+        if self.target.gap(case) is not None:
             return None
         output, _ = self.target.run(case)
         history, tables = self._from_history()

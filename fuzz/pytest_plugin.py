@@ -109,7 +109,7 @@ def _target(config: pytest.Config) -> Any:
     from fuzz.targets import TargetError, load
 
     try:
-        return load(config.getoption("--rpa-target"))
+        return load(str(config.getoption("--rpa-target")))
     except TargetError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -31,6 +31,7 @@ ADAPTERS = {
     "model": "fuzz.mutants.model:kernel",
     "ejkernel": "fuzz.adapters.ejkernel:attention",
     "jax_upstream": "fuzz.adapters.jax_upstream:attention",
+    "jax_reference": "fuzz.adapters.jax_upstream:reference",
     "tpu_inference": "fuzz.adapters.tpu_inference:attention",
     "vllm": "fuzz.adapters.vllm:attention",
 }
@@ -74,6 +75,13 @@ class Target:
     jax_arrays: bool = False
     accepts: frozenset[str] = field(default_factory=frozenset)
 
+    def gap(self, case: Case) -> str | None:
+        """Why the target cannot take a case, by its own declaration or its signature; None if it can."""
+        missing = [
+            name for name in ("k_scale", "v_scale") if name in case.options and name not in self.accepts
+        ]
+        return f"it takes no {missing[0]}" if missing else self.supports(case)
+
     def run(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
         """The kernel's answer as NumPy arrays: output [T, Hq, D], and lse [T, Hq] where it returns one.
 
@@ -81,18 +89,18 @@ class Target:
             Unsupported: the kernel (or its signature) says that it has no such option.
             WrongBackend: another backend answered.
         """
+        gap = self.gap(case)
+        if gap is not None:
+            raise Unsupported(gap)
         options = dict(case.options)
-        missing = [name for name in ("k_scale", "v_scale") if name in options and name not in self.accepts]
-        if missing:
-            raise Unsupported(f"{self.name} takes no {missing[0]}")
         arrays = [None if a is None else np.array(a) for a in case.arrays]
         if self.jax_arrays:
             arrays = [None if a is None else _as_jax(a) for a in arrays]
         before = [_bits(a) for a in arrays]
         try:
             answer = self.call(*arrays, **options)
-        except NotImplementedError as gap:
-            raise Unsupported(f"{self.name}: {gap}") from gap
+        except NotImplementedError as refusal:
+            raise Unsupported(str(refusal) or "it raised NotImplementedError") from refusal
         if self.ran is not None and self.expects is not None:
             ran = self.ran(case)
             if ran != self.expects:
@@ -314,6 +322,6 @@ def _reason(name: str, plan: Any) -> str | None:
     from fuzz.build import build
 
     try:
-        return load(name).supports(build(plan))
+        return load(name).gap(build(plan))
     except (TargetError, ImportError) as error:
         return str(error)

@@ -16,12 +16,13 @@ from hypothesis import target as maximise
 
 from fuzz.build import build
 from fuzz.judge import Judgement, judge_plan, judge_rejections
-from fuzz.plan import SMALLEST, Plan, Shape, first_shapes
+from fuzz.plan import SMALLEST, Plan, Shape, shapes
 from fuzz.shrink import same_symptom, shrink
 from fuzz.strategies import plans
 from fuzz.targets import Target, load
 
 FIRST_SHAPES, CASES_A_SHAPE = 15, 410  # 39 compilations in the first 10,000 cases
+MOST_SHAPES = 1000
 CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
 
@@ -40,6 +41,7 @@ class Chunk:
 class State:
     """What a worker knows across its chunks."""
 
+    pipe: Connection
     target: Target
     seed: int
     share: tuple[int, int]  # (this worker, workers)
@@ -48,12 +50,12 @@ class State:
     reduced: list[Judgement] = field(default_factory=list)
     compiled: int = 0
     listening: bool = False
-    unsupported: dict[Shape, str] = field(default_factory=dict)
+    taken: dict[Shape, bool] = field(default_factory=dict)  # by the target, as it declares
 
 
 def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: str, reduce: bool) -> None:
     """Answer tasks until there are none: `("ready", …)`, then for each chunk `("begin", plan)`, `("end", …)`, `("done", …)`."""
-    state = State(load(name), seed, share, Path(out), reduce)
+    state = State(pipe, load(name), seed, share, Path(out), reduce)
     _keep_compilations(Path(out))
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
     while (chunk := pipe.recv()) is not None:
@@ -67,12 +69,27 @@ def chunk_seed(seed: int, chunk: int) -> int:
 
 
 def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
-    """The shapes a chunk draws from: this worker's share of those open so far, less what the target does not take."""
+    """The shapes a chunk draws from: this worker's share of those open so far that the target takes."""
     cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
     count = FIRST_SHAPES + judged // (CASES_A_CHEAP_SHAPE if cheap else CASES_A_SHAPE)
     mine, workers = state.share
-    pool = first_shapes(state.seed, max(count, workers))[mine::workers]
-    return tuple(s for s in pool if s not in state.unsupported) or pool
+    pool: list[Shape] = []
+    for number, shape in enumerate(shapes(state.seed)):
+        if len(pool) * workers >= count or number >= MOST_SHAPES:
+            break
+        if number % workers == mine and _taken(state, shape):
+            pool.append(shape)
+    return tuple(pool)
+
+
+def _taken(state: State, shape: Shape) -> bool:
+    """Whether the target takes a shape; a gap is told to the parent once."""
+    if shape not in state.taken:
+        gap = state.target.gap(build(Plan(shape, ((1, 1),))))
+        state.taken[shape] = gap is None
+        if gap is not None:
+            state.pipe.send(("gap", gap))
+    return state.taken[shape]
 
 
 def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
@@ -82,6 +99,9 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
         return
     left = chunk.cases
     pool = open_shapes(state, chunk.judged_before)
+    if not pool:
+        pipe.send(("barren",))
+        return
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
@@ -108,10 +128,8 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     """Judge one plan, telling the parent before and after; shrink a failure of a new sort."""
     pipe.send(("begin", plan))
     began = time.monotonic()
-    judgement = judge_plan(plan, state.target)
-    if judgement.status == "skipped":
-        state.unsupported[plan.shape] = judgement.text
     _listen(state)
+    judgement = judge_plan(plan, state.target)
     report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
               "seconds": time.monotonic() - began, "compiled": state.compiled}  # fmt: skip
     pipe.send(("end", plan, report))
@@ -149,10 +167,10 @@ def _listen(state: State) -> None:
         return
     import jax.monitoring
 
-    def compiled(event: str, seconds: float, **rest: Any) -> None:
+    def compiled(event: str, seconds: float, /, **rest: Any) -> None:
         state.compiled += event.endswith("backend_compile_duration")
 
-    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_duration_secs_listener(compiled)  # type: ignore[arg-type]
     state.listening = True
 
 

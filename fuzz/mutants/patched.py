@@ -114,4 +114,6 @@ def run_python(root: Path, code: str, *arguments: str, timeout: float) -> subpro
     """Run Python code in a fresh process that imports the packages from `root`."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False)  # fmt: skip
+    return subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )

@@ -1,0 +1,126 @@
+"""The test of the tests: every known kernel bug is caught, soon, and a right kernel never is."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+
+from fuzz.judge import judge_plan
+from fuzz.mutants import patched, score
+from fuzz.mutants.catalogue import BY_ID, EQUIVALENT, MUTANTS, model_target
+from fuzz.mutants.model import Launch
+from fuzz.plan import Plan
+
+# Rare by nature: they need a table entry, a split or a length that few cases have.
+RARE = {
+    "minus_one",
+    "int16_pos",
+    "batch_dependent",
+    "mask_after_max",
+    "int32_offset",
+    "page_pow2",
+    "empty_seq_prefetch",
+}
+
+
+def test_the_catalogue_is_large_named_once_and_in_words() -> None:
+    names = [mutant.id for mutant in (*MUTANTS, *EQUIVALENT)]
+    assert len(names) == len(set(names))
+    assert len(MUTANTS) >= 100
+    assert all(mutant.line and mutant.group for mutant in MUTANTS)
+    assert all(mutant.equivalent for mutant in EQUIVALENT)
+
+
+@pytest.mark.parametrize("group", sorted({m.group for m in MUTANTS}))
+def test_every_common_bug_dies_within_twenty_cases_by_an_answer_not_a_crash(group: str) -> None:
+    for mutant in (m for m in MUTANTS if m.group == group and m.id not in RARE):
+        found = score.kill(mutant, seed=1, cases=20)
+        assert found.killed, f"{mutant.id} lives"
+        assert found.kind != "error", f"{mutant.id}: {found.text}"  # a broken model kills nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_whole_score(seed: int) -> None:
+    kills = list(score.kill_all(seed))
+    alive = [k.id for k in kills if not k.killed]
+    assert not alive
+    assert max(k.seconds for k in kills) <= score.SECONDS
+    cases = [k.cases for k in kills]
+    assert statistics.median(cases) <= 5
+    assert sum(c <= 50 for c in cases) >= 0.95 * len(cases)
+
+
+@pytest.mark.parametrize("mutant", EQUIVALENT, ids=lambda m: m.id)
+def test_equivalent_mutants_are_not_accused(mutant) -> None:
+    assert not score.kill(mutant, seed=0, cases=60).killed
+
+
+def test_a_right_kernel_of_any_blocking_raises_no_alarm() -> None:
+    assert score.false_alarms(seed=2, cases=100) == []
+
+
+@pytest.mark.slow
+def test_a_right_kernel_raises_no_alarm_in_two_thousand_cases() -> None:
+    assert score.false_alarms(seed=0, cases=2000) == []
+
+
+def test_the_usual_judges_miss_bugs_that_this_search_catches() -> None:
+    ids = ("p_bf16", "v_not_sanitised", "int16_pos")
+    judge = next(u for u in score.USUAL if u.layouts == "published")
+    found = {name: score.accused_by(judge, BY_ID[name]) for name in ids}
+    assert not all(found.values()), found
+
+
+def test_the_model_is_not_wrong_where_the_switch_has_no_effect() -> None:
+    plan = Plan(score.first_shapes(0, 2)[1], ((1, 5),), data="normal")  # no window, no sinks
+    assert judge_plan(plan, model_target(BY_ID["window_wide"])).status == "pass"
+    assert judge_plan(plan, model_target(BY_ID["sink_ignored"])).status == "pass"
+
+
+def test_tile_sizes_never_decide_the_answer() -> None:
+    from fuzz.mutants.catalogue import right_target
+
+    for plan in score.drawn(4, 12):
+        for launch in (Launch(1, 1), Launch(64, 256, 4)):
+            assert not judge_plan(plan, right_target(launch)).bad
+
+
+# ---------------------------------------------------------------- source patches
+
+
+def test_every_patch_applies_to_the_sources_as_they_are() -> None:
+    for patch in patched.found().values():
+        with patched.applied(patch) as root:
+            assert (root / "rpa" / "api.py").exists()
+
+
+def test_a_patch_that_no_longer_applies_is_an_error_that_names_it(tmp_path) -> None:
+    path = tmp_path / "xla_stale.patch"
+    path.write_text(
+        "# it was\n--- a/rpa/api.py\n+++ b/rpa/api.py\n@@ -1 +1 @@\n-no such line anywhere\n+other\n"
+    )
+    with pytest.raises(patched.PatchError, match=r"xla_stale.patch does not apply: 0 places"):
+        with patched.applied(patched.read(path)):
+            pass
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("cuda_x.patch", "# x\n", "must be <kernel>_<id>.patch"),
+    ("xla_x.patch", "--- a/rpa/api.py\n", "first line must be"),
+])  # fmt: skip
+def test_a_malformed_patch_is_refused(tmp_path, name: str, text: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(patched.PatchError, match=words):
+        patched.read(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "patch", [p for p in patched.found().values() if p.target == "xla"], ids=lambda p: p.id
+)
+def test_every_patch_of_the_xla_backend_is_killed(patch) -> None:
+    found = score.kill_patch(patch)
+    assert found.killed, f"{patch.id} lives after {found.cases} cases"

@@ -1,0 +1,108 @@
+"""Plans are values: they read back, stay in their shape, and come from a stream that covers what it should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuzz.build import build, layout_of, refill
+from fuzz.coverage import STATIC, Coverage, features, possible, static_features, valid_pairs
+from fuzz.plan import SMALLEST, Plan, first_shapes, shapes
+from fuzz.strategies import CHECKS, MODES, expand, plans
+
+POOL = first_shapes(3, 24)
+FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@FEW
+@given(plans(POOL))
+def test_a_plan_reads_back_from_its_json(plan: Plan) -> None:
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"shape": {}}', '{"shape": {"tokens": 1}, "lengths": []}', "[1]"]
+)
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no plan"):
+        Plan.from_json(text)
+
+
+def test_lengths_outside_the_shape_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"lengths .* capacity of 1"):
+        SMALLEST.replace(lengths=((1, 2),))
+    with pytest.raises(ValueError, match=r"lengths .* do not fit 1 tokens"):
+        SMALLEST.replace(lengths=((2, 1),))
+
+
+@FEW
+@given(plans(POOL))
+def test_every_plan_builds_the_same_legal_case_twice(plan: Plan) -> None:
+    case = build(plan)
+    assert case.hash == build(plan).hash
+    assert not list(case.invalid_rows())
+    assert case.queries.shape == (plan.shape.tokens, plan.shape.q_heads, plan.shape.head_dim)
+
+
+@FEW
+@given(plans(POOL))
+def test_poison_lies_exactly_where_no_row_may_look(plan: Plan) -> None:
+    case, seen = build(plan), layout_of(plan).seen
+    expected = np.zeros_like(seen)
+    for sequence in case.sequences():
+        keys = np.arange(*sequence.keys)
+        expected[sequence.pages[keys // case.page_size], keys % case.page_size] = True
+    assert np.array_equal(seen, expected)
+    if case.kv_pages.dtype != np.int8:
+        blank = np.isnan(case.kv_pages.astype(np.float32)).all(axis=(2, 3))
+        assert np.array_equal(blank, ~seen)
+
+
+@FEW
+@given(plans(POOL))
+def test_the_second_fill_changes_nothing_a_row_sees(plan: Plan) -> None:
+    case, seen = build(plan), layout_of(plan).seen
+    other = refill(plan, case, "huge")
+    assert case.kv_pages[seen].tobytes() == other.kv_pages[seen].tobytes()
+    assert np.isfinite(other.kv_pages[~seen].astype(np.float32)).all()
+    if (~seen).any():
+        assert case.kv_pages.tobytes() != other.kv_pages.tobytes()
+
+
+def test_the_stream_of_shapes_is_the_same_for_a_seed_and_another_for_another() -> None:
+    assert first_shapes(1, 40)[:20] == first_shapes(1, 20)
+    assert first_shapes(1, 40) != first_shapes(2, 40)
+
+
+def test_sixty_shapes_hold_almost_every_pair_of_static_features() -> None:
+    cover: set = set()
+    stream = shapes(0)
+    for _ in range(96):
+        found = static_features(next(stream))
+        cover |= {(a, b) for a in found for b in found}
+    wanted = [p for p in valid_pairs() if p[0][0] in STATIC and p[1][0] in STATIC]
+    missing = [p for p in wanted if p not in cover]
+    assert len(missing) <= 0.01 * len(wanted), missing
+
+
+def test_coverage_counts_a_pair_once_and_only_if_it_can_exist() -> None:
+    cover = Coverage()
+    plan = expand(POOL[0], "spikes", "mixed", CHECKS[0], 3, 11)
+    assert cover.add(plan, 0.25) > 0
+    assert cover.add(plan, 0.5) == 0
+    assert cover.worst["data", "spikes"] == 0.5
+    assert cover.seen <= valid_pairs()
+    assert not possible((("page", 1), ("context", "inside")))
+    seen, valid = cover.triple_share()
+    assert 0 < seen < valid
+
+
+@FEW
+@given(st.sampled_from(POOL), st.sampled_from(MODES), st.integers(0, 7), st.integers(0, 2**20 - 1))
+def test_features_of_a_plan_are_those_of_the_table(shape, mode, crowd, seed) -> None:
+    from fuzz.coverage import AXES
+
+    for axis, value in features(expand(shape, "normal", mode, "plain", crowd, seed)):
+        assert value in AXES[axis]
