@@ -196,8 +196,9 @@ def _reason(slot: Any, here: Any, interpret: bool) -> str | None:
 
     interpreted = slot.name == "pallas_tpu" and here.platform == "cpu"
     if here.platform not in slot.chips and not (interpret and interpreted):
-        hint = "; --platform pallas --interpret runs it in its interpreter" if interpreted else ""
-        return f"runs on {' and '.join(slot.chips)}, this machine has {here.platform} ({here.kind}){hint}"
+        hint = " (--platform pallas --interpret runs it in its interpreter)" if interpreted else ""
+        kind = "" if here.kind == here.platform else f" ({here.kind})"
+        return f"runs on {' and '.join(slot.chips)}, this machine has {here.platform}{kind}{hint}"
     try:
         registry.load(slot.name)
     except ImportError as error:
@@ -223,19 +224,21 @@ def _run(replay: Replay, steps: int, budget: float) -> None:
             policy_override(cache_miss_fallback="heuristics"),
             Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         ):
-            task = progress.add_task("compiling the first step", total=1.0)
+            task = progress.add_task("", total=1.0)
             begin = time.perf_counter()
-            for _ in replay.run(steps, budget):
+            for layer in replay.run(steps, budget):
                 report = replay.report
                 done = max(report.steps / steps, (time.perf_counter() - begin) / budget)
-                progress.update(task, completed=done, description=_line(report))
+                progress.update(task, completed=done, description=_line(report, layer))
     except KeyboardInterrupt:
         replay.report.interrupted = True
     except Infrastructure as error:
         replay.report.trouble = str(error)
 
 
-def _line(report: Report) -> str:
+def _line(report: Report, layer: str) -> str:
+    if not report.steps:
+        return f"compiling for {layer}: {report.total('verified')} verified"
     worst = max((score.ratio for score in report.scores.values()), default=0.0)
     failed = report.total("failed")
     return f"step {report.steps}: {report.total('verified')} verified, {failed} failed, worst {worst:.2f}"

@@ -47,8 +47,7 @@ def show(report: Report, scan: Scan, remarks: Counter[str], console: Console | N
     _list(console, "covered", _covered(report))
     _list(console, "not covered", _uncovered(report, scan))
     _list(console, "skipped", [f"{reason} ({count})" for reason, count in report.skipped.items()])
-    for name, reason in report.absent.items():
-        _list(console, f"not here, {name}", [reason])
+    _list(console, "not run", [f"{name}: {reason}" for name, reason in report.absent.items()], "; ")
     _list(console, "remarks", [f"{remark}: {count} requests" for remark, count in remarks.items()])
     for failure in _first_of_each(report.failures):
         _show_failure(console, failure)
@@ -59,16 +58,18 @@ def _table(report: Report) -> Table:
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("backend")
     table.add_column("layer")
-    for name in ("verified", "failed", "rows", "worst", "lse", "ms"):
+    for name in ("verified", "failed", "rows", "worst", "lse", "first", "ms"):
         table.add_column(name, justify="right")
     for (backend, layer), score in report.scores.items():
-        cases = score.verified + score.failed + score.vacuous
-        lse = "-" if score.lse_ratio is None else f"{score.lse_ratio:.2f}"
+        later = score.verified + score.failed + score.vacuous - 1
         table.add_row(
             backend, layer, f"{score.verified}", Text(f"{score.failed}", style="bold red" if score.failed else ""),
-            f"{score.rows}", f"{score.ratio:.2f}", lse, f"{score.seconds * 500 / max(1, cases):.1f}",
+            f"{score.rows}", f"{score.ratio:.2f}", "-" if score.lse_ratio is None else f"{score.lse_ratio:.2f}",
+            f"{score.first:.1f}", f"{(score.seconds - score.first) * 500 / later:.1f}" if later > 0 else "-",
         )  # fmt: skip
-    table.caption = "worst: largest error / bound, 1 fails; ms: one call, compilation included"
+    table.caption = (
+        "worst: largest error / bound, above 1 fails; first: s, with compilation; ms: a later call"
+    )
     table.caption_justify = "left"
     return table
 
@@ -96,9 +97,9 @@ def _uncovered(report: Report, scan: Scan) -> list[str]:
     return [f"{name} ({reasons[name]})" if reasons.get(name) else name for name in missing]
 
 
-def _list(console: Console, title: str, items: list[str]) -> None:
+def _list(console: Console, title: str, items: list[str], between: str = ", ") -> None:
     if items:
-        console.print(f"[bold]{title}:[/] " + ", ".join(items), highlight=False)
+        console.print(Text.assemble((f"{title}: ", "bold"), between.join(items)))
 
 
 def _first_of_each(failures: list[Failure]) -> list[Failure]:
