@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from contract_cases import MIXED, build
 from model_cases import DTYPES, draw_case, draw_style
 from model_kernel import run
 
+from fuzz.targets import load
 from oracle import attend
 from oracle.exact import exact_case, expected, same_bits
 from oracle.poison import guard_pages, large_fill, nan_fill
@@ -57,6 +59,17 @@ def test_poison_and_guard_pages_change_no_bit():
         case = draw_exact(seed, "float16")
         for changed in (nan_fill(case), large_fill(case), guard_pages(nan_fill(case))):
             assert same_bits(run(changed, draw_style(seed, case))[0], expected(case))
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"sliding_window": 3}, {"compute_dtype": "bfloat16"}])
+def test_the_xla_backend_returns_the_bits(options):
+    """The contract's own shapes, whose programs its tests compile anyway; every seed is another layout."""
+    like = build(*MIXED, **options)
+    kernel = load("xla")
+    for seed in range(25):
+        case = exact_case(seed, like)
+        output, _ = kernel.call(*nan_fill(case).arrays, **case.options, return_lse=True)
+        assert same_bits(output, expected(case)), f"seed {seed}"
 
 
 WRONG = {
