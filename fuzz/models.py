@@ -57,7 +57,7 @@ _GPT_OSS = (Layer("local", sliding_window=128, sinks=True), Layer("global", sink
 # Small enough for two cores, and between its layers every option of the operation: two are f32 throughout,
 # where the bound is a thousand times tighter than in bf16 and so sees the smallest slip.
 _TINY = (
-    Layer("full f32", dtype="float32", compute_dtype="float32"),
+    Layer("full", dtype="float32", compute_dtype="float32"),
     Layer("window f32", sliding_window=24, sinks=True, dtype="float32", compute_dtype="float32"),
     Layer("window bf16", sliding_window=128, logits_soft_cap=20.0),
     Layer("full int8", logits_soft_cap=30.0, sinks=True, kv_dtype="int8"),
