@@ -153,9 +153,11 @@ def _placed(inputs: Inputs, signature: Signature, plan: Layout, mesh: Any) -> In
 def _put(array: Any, spec: Any, mesh: Mesh) -> Any:
     if array is None:
         return None
-    if jax.process_count() > 1 and getattr(array, "is_fully_addressable", False):
-        array = np.asarray(array)  # every process holds the same values, as it must
-    return jax.device_put(array, NamedSharding(mesh, spec))
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() > 1 and getattr(array, "is_fully_addressable", True):
+        host = np.asarray(array)  # every process holds the same values, as it must
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    return jax.device_put(array, sharding)
 
 
 def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Layout, mesh: Any) -> Inputs:

@@ -24,24 +24,24 @@ WORKER = Path(__file__).with_name("mesh_worker.py")
 P = PartitionSpec
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "heads": {"mesh": {"tp": 4}, "sinks": True},
-    "heads with scales": {"mesh": {"tp": 2}, "int8": True, "options": {"sliding_window": 5}},
     "fewer kv heads than shards": {"mesh": {"tp": 8}, "hkv": 2, "int8": True},
     "sequences": {"mesh": {"data": 8}},
-    "sequences and heads": {"mesh": {"data": 4, "model": 2}},
-    "pages": {"mesh": {"pages": 4}},
-    "pages in bf16": {"mesh": {"cp": 8}, "dtype": "bfloat16", "sinks": False},
     "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0}},
     "inside jit, spoiled, sequences": {
         "mesh": {"data": 4}, "jit": True,
         "spoil": [["context_lens", 1, 10**6], ["block_tables", [4, 0], -7], ["context_lens", 3, -1]],
     },
-    "inside jit, spoiled offsets, all three": {
-        "mesh": {"dp": 2, "tp": 2, "cp": 2}, "jit": True, "spoil": [["query_start_loc", 2, 40]],
-    },
 }  # fmt: skip
 
 SLOW: dict[str, dict[str, Any]] = {
+    "heads": {"mesh": {"tp": 4}},
+    "heads with scales": {"mesh": {"tp": 2}, "int8": True, "options": {"sliding_window": 5}},
+    "sequences and heads": {"mesh": {"data": 4, "model": 2}},
+    "pages": {"mesh": {"pages": 4}},
+    "pages in bf16": {"mesh": {"cp": 8}, "dtype": "bfloat16", "sinks": False},
+    "inside jit, spoiled offsets, all three": {
+        "mesh": {"dp": 2, "tp": 2, "cp": 2}, "jit": True, "spoil": [["query_start_loc", 2, 40]],
+    },
     "one by eight": {"mesh": {"data": 1, "model": 8}, "hq": 16, "hkv": 8},
     "eight by one": {"mesh": {"x": 8, "y": 1}},
     "names nobody knows": {"mesh": {"x": 2, "y": 4}},
@@ -70,6 +70,14 @@ SLOW: dict[str, dict[str, Any]] = {
         for seed in range(6)
     },
 }  # fmt: skip
+
+
+# Meshes of all eight devices, so that every process holds a part of each.
+ACROSS: dict[str, dict[str, Any]] = {
+    "heads": {"mesh": {"tp": 8}, "int8": True},
+    **{name: (SCENARIOS | SLOW)[name] for name in ("sequences and heads", "pages in bf16", "all three")},
+    "inside jit": {"mesh": {"data": 8}, "jit": True, "dtype": "bfloat16"},
+}
 
 
 def _run(scenarios: dict[str, dict[str, Any]], arguments: list[str]) -> subprocess.Popen:
@@ -125,19 +133,15 @@ def test_eight_devices_at_length():
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes(processes):
-    chosen = {
-        name: SCENARIOS[name]
-        for name in ("heads", "sequences and heads", "pages", "pages in bf16", "all three")
-    }
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     started = [
-        _run(chosen, [str(8 // processes), coordinator, str(processes), str(i)]) for i in range(processes)
+        _run(ACROSS, [str(8 // processes), coordinator, str(processes), str(i)]) for i in range(processes)
     ]
     for process in started:
-        for name, result in _results(chosen, process).items():
-            _check(name, chosen[name], result)
+        for name, result in _results(ACROSS, process).items():
+            _check(name, ACROSS[name], result)
 
 
 # ------------------------------------------------------------------ layouts and refusals, without devices
