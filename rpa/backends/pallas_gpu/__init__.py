@@ -34,7 +34,12 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
         rows = plan.decode_rows(own, shape.tokens)
         units = plan.units_of_rows(rows, shape, todo.decode)
         parts = decode.partials(
-            grouped(inputs, shape), inputs.kv_pages, inputs.block_tables, units.fields, shape, todo.decode
+            grouped(inputs.queries, shape),
+            inputs.kv_pages,
+            inputs.block_tables,
+            units.fields,
+            shape,
+            todo.decode,
         )
         output, lse = combine.combine(parts, rows, units, inputs.softmax_aux, shape, todo.decode)
         output = output.astype(signature.q_dtype)
@@ -43,10 +48,10 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     return output, lse if signature.return_lse else None
 
 
-def grouped(inputs: Inputs, shape: Shape):
-    """The queries as decode reads them, [T * Hkv * N, D]: each group padded to a multiple of eight heads."""
+def grouped(queries, shape: Shape):
+    """Query rows as decode reads them, [rows * Hkv * N, D]: each group padded to a multiple of eight heads."""
     n = -(-shape.group // 8) * 8
-    q = inputs.queries.reshape(-1, shape.kv_heads, shape.group, shape.head_dim)
+    q = queries.reshape(-1, shape.kv_heads, shape.group, shape.head_dim)
     return jnp.pad(q, ((0, 0), (0, 0), (0, n - shape.group), (0, 0))).reshape(-1, shape.head_dim)
 
 
@@ -71,7 +76,8 @@ def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Sha
     else:
         rows = plan.single_rows(own)
         units = plan.live_units(rows, shape, todo.decode)
-        singles = (grouped(inputs, shape), units.fields)
+        first = jnp.minimum(own.start, shape.tokens - 1)
+        singles = (grouped(inputs.queries[first], shape), units.fields)
         output, lse, parts = mixed.attend(
             *args, *singles, padded, todo.prefill, todo.decode, signature.return_lse
         )
@@ -82,7 +88,7 @@ def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Sha
     if todo.decode is None:
         return output, lse
     single, single_lse = combine.combine(parts, rows, units, sinks, shape, todo.decode)
-    token = jnp.where(rows[3] == 1, rows[0], shape.tokens)  # past the end: dropped
+    token = jnp.where(rows[3] == 1, own.start, shape.tokens)  # past the end: dropped
     output = output.at[token].set(single.astype(output.dtype), mode="drop", unique_indices=True)
     if lse is not None:
         lse = lse.at[token].set(single_lse, mode="drop", unique_indices=True)

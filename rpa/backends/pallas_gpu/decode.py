@@ -18,7 +18,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Shape, ceil_div, first_key, page_of, piece, smem
+from rpa.backends.pallas_gpu.tiles import (
+    FLOOR,
+    I32,
+    LOG2E,
+    Shape,
+    ceil_div,
+    first_key,
+    page_of,
+    piece,
+    smem,
+    zero_unseen,
+)
 
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one value a column, replicated down the rows
 WG = plgpu.Layout.WGMMA
@@ -34,7 +45,6 @@ class Tiling(NamedTuple):
     splits: int  # splits a row can need
     workers: int  # warpgroups a CTA, each with its own ring
     ctas: int
-    interpreted: bool = False
 
     def columns(self, shape: Shape) -> int:
         return -(-shape.group // 8) * 8
@@ -235,9 +245,7 @@ def clean_values(v_ref, key, item: Item, shape: Shape, tiling: Tiling) -> None:
 
     @pl.when((key < item.low) | (key + tiling.block > item.stop))
     def _():
-        keys = key + plgpu.broadcasted_iota(jnp.int32, (tiling.block, shape.head_dim), 0, layout=WG)
-        seen = (keys >= item.low) & (keys < item.stop)
-        v_ref[...] = jnp.where(seen, v_ref[...], jnp.zeros((), shape.dtype))
+        zero_unseen(v_ref, key, item.low, item.stop, shape)
         plgpu.commit_smem()
 
 
@@ -259,16 +267,17 @@ def across(column, like):
 REDUCTION = 1024  # bytes a warpgroup needs to reduce across its warps
 
 
-def own_scratch(nth: int, tiling: Tiling, body) -> None:
-    """Runs `body` where its reductions across warps have memory of their own.
+def apart(consumers, wg, nth: int = 0) -> None:
+    """Runs `consumers[w]` on warpgroup `w`, each where its reductions across warps have memory of their own.
 
-    Pallas places a reduction's scratch just past what is allocated where it stands, the same place in every warpgroup
-    (jax 0.11.2): two that reduce at once corrupt each other. An allocation of another length in each sets them apart.
+    Pallas places a reduction's scratch just past what is allocated where it stands, which is the same place in every
+    warpgroup (jax 0.11.2): two that reduce at once corrupt each other. So each stands inside one allocation more than
+    the one before it. All warpgroups enter all allocations first, since to enter one is a barrier of the whole CTA.
     """
-    if nth == 0 or tiling.interpreted:
-        body()
-    else:
-        pl.run_scoped(lambda _: body(), plgpu.SMEM((nth * REDUCTION,), jnp.int8), collective_axes="wg")
+    if nth + 1 < len(consumers):
+        pad = plgpu.SMEM((REDUCTION,), jnp.int8)
+        pl.run_scoped(lambda _: apart(consumers, wg, nth + 1), pad, collective_axes="wg")
+    pl.when(wg == nth)(consumers[nth])
 
 
 # ------------------------------------------------------------------ the kernel of decode alone
@@ -292,6 +301,15 @@ def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
     def body(q_ref, kv_ref, tables_ref, units_ref, o_ref, m_ref, l_ref, *workers):
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
+        def consumer(w, s):
+            def run():
+                plgpu.set_max_registers({1: 232, 2: 232, 3: 152}[tiling.workers], action="increase")
+                consume(cta + w * tiling.ctas, units_ref, o_ref, m_ref, l_ref, s, shape, tiling)
+
+            return run
+
+        apart([consumer(w, s) for w, s in enumerate(workers)], wg)
+
         @pl.when(wg == tiling.workers)
         def _():
             plgpu.set_max_registers(40, action="decrease")
@@ -303,16 +321,6 @@ def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
                     @pl.when(warp == w)
                     def _(w=w, s=s):
                         produce(cta + w * tiling.ctas, q_ref, kv_ref, tables_ref, units_ref, s, shape, tiling)
-
-        for w, s in enumerate(workers):
-
-            @pl.when(wg == w)
-            def _(w=w, s=s):
-                plgpu.set_max_registers({1: 232, 2: 232, 3: 152}[tiling.workers], action="increase")
-                worker = cta + w * tiling.ctas
-                own_scratch(
-                    w, tiling, lambda: consume(worker, units_ref, o_ref, m_ref, l_ref, s, shape, tiling)
-                )
 
     return plgpu.kernel(
         body,

@@ -1,8 +1,8 @@
 """Decode and prefill in one CTA: the bytes of one under the arithmetic of the other.
 
-Warpgroups 0 and 1 fold prefill tiles, warpgroup 2 decode rows, and two warps of warpgroup 3 feed them, each role through
-its own ring and work list. Decode's loads are then in flight while the tensor cores work on prefill, on every SM, which
-neither two kernels on two streams nor a division of the SMs achieves.
+Warpgroups 0 and 1 fold prefill tiles, warpgroup 2 decode rows, and two warps of warpgroup 3 feed them, each role
+through its own ring and work list. Decode's loads are then in flight while the tensor cores work on prefill, on every
+SM, which neither two kernels on two streams nor a division of the SMs achieves.
 """
 
 from __future__ import annotations

@@ -74,11 +74,14 @@ def decode_rows(own: Owners, rows: int):
 
 
 def single_rows(own: Owners):
-    """i32 [4, S]: the one-token sequences as decode rows, like `decode_rows`; the others' position is -1."""
+    """i32 [4, S]: the one-token sequences as decode rows, like `decode_rows`; the others' position is -1.
+
+    The token is the sequence's own number: decode is given one query row of each sequence.
+    """
     single = own.live & own.valid & (own.stop - own.start == 1)
     position = jnp.where(single, own.context - 1, -1)
     sequence = jnp.arange(own.start.shape[0])
-    return jnp.stack([own.start, sequence, position, jnp.where(single, 1, 0)]).astype(jnp.int32)
+    return jnp.stack([sequence, sequence, position, jnp.where(single, 1, 0)]).astype(jnp.int32)
 
 
 def tile_bound(shape: Shape, sequences: int, tokens: int, shortest: int) -> int:

@@ -1,9 +1,9 @@
 """Many query rows against a cache: the compute-bound half of the Hopper kernel.
 
 A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd): one consumer
-warpgroup for each 64 rows, both on the same keys. Tiles start at multiples of 8 rows, as TMA into a swizzled tile asks;
-rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of their size in the cache, so
-which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles. Blocks
+warpgroup for each 64 rows, both on the same keys. Tiles start at multiples of 8 rows, as TMA into a swizzled tile
+asks; rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of their size in the
+cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles. Blocks
 are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the whole ones
 follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other multiplies.
 """
@@ -19,11 +19,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Shape, ceil_div, first_key, page_of, piece, smem
+from rpa.backends.pallas_gpu.tiles import (
+    FLOOR,
+    I32,
+    LOG2E,
+    Shape,
+    ceil_div,
+    first_key,
+    page_of,
+    piece,
+    smem,
+    zero_unseen,
+)
 
 M = 64  # rows of a warpgroup's wgmma
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, replicated along it
 WG = plgpu.Layout.WGMMA
+
+
+# Where a tile's output waits for its copy: whole tiles swizzled, partial ones not, each in memory of its own (what the
+# interpreter can tell apart); both in one spare buffer; or both in the queries' own memory, where no buffer fits.
+APART, SPARE, SHARED = 0, 1, 2
 
 
 class Tiling(NamedTuple):
@@ -38,7 +54,7 @@ class Tiling(NamedTuple):
     turns: bool = True  # the warpgroups take turns at the tensor cores
     ahead: bool = False  # the next block's scores are computed under this block's softmax
     registers: tuple[int, int] = (232, 40)  # consumer, producer
-    alias: bool = False  # partial tiles leave through the queries' memory, where a second buffer does not fit
+    memory: int = 0  # where the output is staged: APART, SPARE or SHARED
 
     def heads(self, shape: Shape) -> int:
         """Heads of a group that one tile serves."""
@@ -67,10 +83,11 @@ class Item(NamedTuple):
 class Scratch(NamedTuple):
     """A CTA's shared memory and barriers."""
 
-    q: jax.Ref  # [2, M, D]; the output leaves through it too
+    q: jax.Ref  # [2, M, D]
     k: jax.Ref  # [stages, block, D]
     v: jax.Ref  # [stages, block, D]
-    tail: jax.Ref  # [2, M, D], not swizzled: tiles that are not full leave by rows
+    out: jax.Ref  # [2, M, D], whole tiles on their way out
+    tail: jax.Ref  # [2, M, D], not swizzled: tiles that are not whole leave by rows
     lse: jax.Ref  # [2, M]
     p: jax.Ref  # [2, M, block] where `staged`
     q_full: jax.Ref  # [2]
@@ -88,11 +105,13 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     copies = tiling.block // piece(shape.page, tiling.block)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     q, tail = smem((2, M, d), dtype), plgpu.SMEM((2, M, d), jnp.dtype(dtype))
+    both, none = plgpu.RefUnion(q, tail), plgpu.SMEM((M,), jnp.float32)
     return Scratch(
-        q=plgpu.RefUnion(q, tail) if tiling.alias else q,
+        q=both if tiling.memory == SHARED else q,
+        out=(q, both, none)[tiling.memory],
+        tail=tail if tiling.memory == APART else none,
         k=smem((tiling.stages, tiling.block, d), dtype),
         v=smem((tiling.stages, tiling.block, d), dtype),
-        tail=plgpu.SMEM((M,), jnp.float32) if tiling.alias else tail,
         lse=plgpu.SMEM((2, M), jnp.float32),
         p=smem((2, M, tiling.block) if tiling.staged else (2, 8, d), dtype, like=d),
         q_full=plgpu.Barrier(num_barriers=2),
@@ -107,11 +126,14 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
 
 
 def unpacked(s: Scratch, tiling: Tiling) -> Scratch:
-    """The scratch with `q` and `tail` told apart where they share memory."""
-    if not tiling.alias:
-        return s
-    q, tail = s.q
-    return s._replace(q=q, tail=tail)
+    """The scratch with the names of shared memory told apart."""
+    if tiling.memory == SHARED:
+        q, tail = s.q
+        return s._replace(q=q, out=q, tail=tail)
+    if tiling.memory == SPARE:
+        out, tail = s.out
+        return s._replace(out=out, tail=tail)
+    return s
 
 
 def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
@@ -157,18 +179,22 @@ def produce(
     heads = tiling.heads(shape)
 
     def body(item: Item, step, nth):
+        run = piece(shape.page, tiling.block)
+        last = lax.div(item.stop - 1, I32(run)) * run
+
+        def block(i, _):
+            key = item.base + (item.blocks - 1 - i) * tiling.block
+            fill_slot(item, key, last, step + i, kv_ref, tables_ref, s, shape, tiling)
+
+        # Ring slots fall free before the queries' memory does: the first blocks are on their way by then.
+        early = jnp.where(nth > 0, jnp.minimum(item.blocks, tiling.stages), 0)
+        lax.fori_loop(0, early, block, None)
         pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
         for w in range(2):
             rows = pl.ds(item.token + (0 if heads == 2 else w * M), M)
             source = q_ref.at[rows, item.head + (w if heads == 2 else 0)]
             plgpu.copy_gmem_to_smem(source, s.q.at[w], s.q_full.at[w])
-        run = piece(shape.page, tiling.block)
-        last = lax.div(item.stop - 1, I32(run)) * run
-
-        @pl.loop(0, item.blocks)
-        def _(i):
-            key = item.base + (item.blocks - 1 - i) * tiling.block
-            fill_slot(item, key, last, step + i, kv_ref, tables_ref, s, shape, tiling)
+        lax.fori_loop(early, item.blocks, block, None)
 
     drain(*for_each_item(cta, count_ref, tiles_ref, shape, tiling, body), s, tiling)
 
@@ -229,10 +255,16 @@ def consume(
             plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROWS),
         )
         state = fold_all(wg, item, mine, step, state, s, shape, tiling)
+        if tiling.memory != SHARED:
+            plgpu.barrier_arrive(s.q_free)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
         store(wg, mine, state, sinks_ref, o_ref, lse_ref, s, shape)
-        plgpu.barrier_arrive(s.q_free)
+        if tiling.memory == SHARED:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(s.q_free)
 
     for_each_item(cta, count_ref, tiles_ref, shape, tiling, body)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def fold_all(wg, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
@@ -403,16 +435,13 @@ def masked(z, key, mine: Item, shape: Shape):
 
 
 def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Tiling) -> None:
-    """Zeroes values that no row of the tile may see: a weight of 0 does not silence a NaN. The first warpgroup does it."""
+    """Zeroes values that no row of the tile may see, since a weight of 0 does not silence a NaN."""
 
     @pl.when((key < item.low) | (key + tiling.block > item.stop))
     def _():
         @pl.when(wg == 0)
         def _():
-            rows = s.v.at[slot]
-            keys = key + plgpu.broadcasted_iota(jnp.int32, rows.shape, 0, layout=WG)
-            seen = (keys >= item.low) & (keys < item.stop)
-            rows[...] = jnp.where(seen, rows[...], jnp.zeros((), shape.dtype))
+            zero_unseen(s.v.at[slot], key, item.low, item.stop, shape)
 
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.clean)
@@ -449,9 +478,9 @@ def store(wg, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: S
 
     @pl.when(mine.end - mine.begin == M)
     def _():
-        s.q.at[wg][...] = out
+        s.out.at[wg][...] = out
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s.q.at[wg], o_ref.at[pl.ds(mine.token, M), mine.head])
+        plgpu.copy_smem_to_gmem(s.out.at[wg], o_ref.at[pl.ds(mine.token, M), mine.head])
         if lse_ref is not None:
             lse_ref[mine.head, pl.ds(mine.token, M)] = lse
 
@@ -476,8 +505,6 @@ def store(wg, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: S
             @pl.loop(mine.begin, mine.end)
             def _(i):
                 lse_ref[mine.head, mine.token + i] = s.lse[wg, i]
-
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
@@ -519,8 +546,8 @@ def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling
     """[T, Hq, D] and, with `with_lse`, f32 [Hq, T] (only the rows of listed tiles).
 
     Args:
-        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`. fills: rows of nobody and of invalid sequences,
-            see `plan.fills`.
+        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
+        fills: rows of nobody and of invalid sequences, see `plan.fills`.
         sinks: f32 [Hq] or None.
     """
 

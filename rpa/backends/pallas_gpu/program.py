@@ -46,15 +46,13 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
     tokens, sequences = signature.num_tokens, signature.max_seqs
     ctas = config.option("ctas", 2 if interpreted else SMS)
     if tokens <= 4 * sequences:
-        return Program(decode_tiling(shape, tokens, config, ctas, interpreted), None)
+        return Program(decode_tiling(shape, tokens, config, ctas), None)
     if tokens >= LONG * sequences:
         return Program(None, prefill_tiling(shape, sequences, config, ctas, 1, interpreted))
     return mixed_program(shape, sequences, config, ctas, interpreted)
 
 
-def decode_tiling(
-    shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
-) -> decode.Tiling:
+def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
     workers = config.option("workers", 2 if shape.head_dim <= 128 else 1)
     block = config.option("decode_block", 64)
     slot = 2 * block * shape.head_dim * jnp.dtype(shape.dtype).itemsize
@@ -73,7 +71,7 @@ def decode_tiling(
     if splits > 64:
         chunk = -(-span // (64 * block)) * block
         splits = -(-span // chunk)
-    return decode.Tiling(rows, block, stages, chunk, splits, workers, ctas, interpreted)
+    return decode.Tiling(rows, block, stages, chunk, splits, workers, ctas)
 
 
 def prefill_tiling(
@@ -84,13 +82,17 @@ def prefill_tiling(
     shortest: int,
     interpreted: bool,
 ) -> prefill.Tiling:
-    block = config.option("prefill_block", 128 if shape.head_dim <= 128 else 64)
-    stages = config.num_stages or config.option("prefill_stages", 2)
+    narrow = shape.head_dim > 128 or (shape.window is not None and shape.window <= 512)
+    block = config.option("prefill_block", 64 if narrow else 128)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
-    alias = (4 * prefill.M + 2 * stages * block) * size > SMEM - RESERVED
+    stages = config.num_stages or config.option("prefill_stages", 4 if 64 * size <= 8192 else 2)
+    memory = prefill.APART if interpreted else prefill.SPARE
+    if (4 * prefill.M + 2 * stages * block) * size > SMEM - RESERVED:
+        memory = prefill.SHARED
     tiling = prefill.Tiling(
         1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
-        turns=bool(config.option("turns", 1)), ahead=bool(config.option("ahead", 0)), registers=(config.option("consumer_registers", 232), config.option("producer_registers", 40)), alias=alias,
+        turns=bool(config.option("turns", 1)), ahead=bool(config.option("ahead", 0)), memory=memory,
+        registers=(config.option("consumer_registers", 240), config.option("producer_registers", 24)),
     )  # fmt: skip
     return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
 
@@ -104,14 +106,13 @@ def mixed_program(
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
     tiling = tiling._replace(
         block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 else 2),
-        alias=not interpreted, registers=(config.option("mixed_registers", 200), config.option("producer_registers", 40)),
+        memory=prefill.APART if interpreted else prefill.SHARED,
+        registers=(config.option("mixed_registers", 208), config.option("producer_registers", 24)),
     )  # fmt: skip
     span = shape.capacity
     if shape.window is not None:
         span = min(span, shape.window + piece(shape.page, 64) - 1)
-    chunk = max(config.option("mixed_chunk", 2048), -(-span // (64 * 64)) * 64)
+    chunk = max(config.option("mixed_chunk", 4096), -(-span // (64 * 64)) * 64)
     free = SMEM - RESERVED - (2 * prefill.M + 2 * tiling.stages * block) * size - 4096
     stages = max(1, min(8, free // (2 * 64 * size)))
-    return Program(
-        decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas, interpreted), tiling
-    )
+    return Program(decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas), tiling)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
@@ -74,3 +75,16 @@ def page_of(key, sequence, tables_ref, shape: Shape):
     column = jnp.minimum(lax.div(key, I32(shape.page)), shape.table_width - 1)
     page = jnp.clip(tables_ref[sequence, column], 0, shape.pages - 1)
     return page, lax.rem(key, I32(shape.page))
+
+
+def zero_unseen(v_ref, first, low, stop, shape: Shape) -> None:
+    """Zeroes the rows of a [block, D] value tile whose keys, from `first` on, lie outside [low, stop)."""
+    block, d = v_ref.shape
+    width = (
+        64 if d % 64 == 0 else d
+    )  # a slice at a time: the whole tile would not fit beside the accumulators
+    keys = first + plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=plgpu.Layout.WGMMA)
+    seen = (keys >= low) & (keys < stop)
+    for column in range(0, d, width):
+        part = v_ref.at[:, pl.ds(column, width)]
+        part[...] = jnp.where(seen, part[...], jnp.zeros((), shape.dtype))
