@@ -158,9 +158,7 @@ def compile_upstream(chip: str) -> dict[str, Any]:
     static = signature("llama_page16")
     call = functools.partial(ragged_paged_attention, num_kv_pages_per_block=16, num_queries_per_block=32)
     with chip_mesh(chip) as sharding:
-        specs = [
-            jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in argument_specs(static)[:6]
-        ]
+        specs = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in argument_specs(static)[:6]]
         jax.jit(call).lower(*specs).compile()
     return {}
 

@@ -61,9 +61,7 @@ def vmem_limit(signature: Signature, device: Device) -> int:
 
 def token_bytes(signature: Signature) -> int:
     """Bytes of one token's keys and values in HBM, lanes padded as they lie there."""
-    return (
-        2 * signature.num_kv_heads * round_up(signature.head_dim, LANES) * plans.ITEMSIZE[signature.kv_dtype]
-    )
+    return 2 * signature.num_kv_heads * round_up(signature.head_dim, LANES) * plans.ITEMSIZE[signature.kv_dtype]
 
 
 def block_tokens(signature: Signature, device: Device) -> int:
@@ -133,11 +131,7 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
     tried = [first]
     for more_pages in (pages, pages // 2, pages * 2):
         for more_rows in (rows, rows * 2, rows // 2):
-            if (
-                not 1 <= more_pages <= power_of_two_below(signature.pages_per_seq)
-                or more_rows % 16
-                or more_rows < 16
-            ):
+            if not 1 <= more_pages <= power_of_two_below(signature.pages_per_seq) or more_rows % 16 or more_rows < 16:
                 continue
             config = first.replace(num_kv_pages_per_block=more_pages, num_queries_per_block=more_rows)
             fits = plan_of(signature, device, config).vmem_bytes <= vmem_limit(signature, device)

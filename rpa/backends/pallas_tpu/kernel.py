@@ -291,9 +291,7 @@ def _fetch_queries(refs: Refs, plan: Plan, tile, slot) -> None:
 
 def _wait_queries(refs: Refs, plan: Plan, tile, slot) -> None:
     row = refs.tiles.row[tile]
-    _each_part(
-        refs.tiles.rows[tile], plan.block_q, lambda first, size: _q_copy(refs, row, first, size, slot).wait()
-    )
+    _each_part(refs.tiles.rows[tile], plan.block_q, lambda first, size: _q_copy(refs, row, first, size, slot).wait())
 
 
 def _store_out(refs: Refs, plan: Plan, tile, slot) -> None:
@@ -388,9 +386,7 @@ def _unpack(refs: Refs, plan: Plan, slot) -> None:
         base = index * (tokens * pitch)
         for lane, start, width in _lane_tiles(plan):
             for token in range(tokens):
-                refs.words[lane, pl.ds(base + token * pitch, rows), :width] = value[
-                    token, :, start : start + width
-                ]
+                refs.words[lane, pl.ds(base + token * pitch, rows), :width] = value[token, :, start : start + width]
         return carry
 
     if pages >= plan.block_pages:
@@ -429,9 +425,7 @@ def _load_kv(refs: Refs, plan: Plan, head: int):
 
 def _load_rows(refs: Refs, plan: Plan, row: int):
     """Row `row` of every token, [keys, dim]."""
-    parts = [
-        refs.words[lane, pl.ds(row, plan.keys, stride=plan.word_pitch)] for lane in range(plan.lane_tiles)
-    ]
+    parts = [refs.words[lane, pl.ds(row, plan.keys, stride=plan.word_pitch)] for lane in range(plan.lane_tiles)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
@@ -533,8 +527,7 @@ def _decode_block(refs: Refs, plan: Plan, base, position) -> None:
         refs.decode_m[part] = m
         refs.decode_l[part] = refs.decode_l[part] * keep + jnp.sum(p, axis=1, keepdims=True)
         parts = [
-            _dot(_weights(p[i * rows : (i + 1) * rows], plan), value, (1, 0), plan)
-            for i, value in enumerate(values)
+            _dot(_weights(p[i * rows : (i + 1) * rows], plan), value, (1, 0), plan) for i, value in enumerate(values)
         ]
         refs.decode_acc[part] = refs.decode_acc[part] * keep + jnp.concatenate(parts, axis=0)
 
@@ -548,18 +541,14 @@ def _decode_queries(refs: Refs, plan: Plan, head: int):
 
 def _decode_end(refs: Refs, plan: Plan, slot) -> None:
     """Divide and put the heads beside each other; a head's surplus rows are overwritten by the next head."""
-    factor, lse = _close(
-        refs.decode_m[...], refs.decode_l[...], refs.decode_sinks[...] if plan.sinks else None, plan
-    )
+    factor, lse = _close(refs.decode_m[...], refs.decode_l[...], refs.decode_sinks[...] if plan.sinks else None, plan)
     out = refs.decode_acc[...] * factor
     for head in range(plan.heads):
         rows = out[head * plan.decode_rows : (head + 1) * plan.decode_rows]
         if plan.v_scaled:
             rows = rows * refs.scales[1, head]
         for lane, start, width in _lane_tiles(plan):
-            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows), :width] = rows[
-                :, start : start + width
-            ]
+            refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows), :width] = rows[:, start : start + width]
     _unstage_row(refs, plan, slot, 0)
     if plan.lse:
         row = lax.broadcasted_iota(jnp.int32, (plan.decode_rows, plan.packed_rows), 0)
@@ -567,9 +556,7 @@ def _decode_end(refs: Refs, plan: Plan, slot) -> None:
         for head in range(plan.heads):
             column = lse[head * plan.decode_rows : (head + 1) * plan.decode_rows]
             # Rows to lanes: -inf survives a maximum, where a sum of selected values would meet inf * 0.
-            refs.lse_tile[slot, head] = jnp.max(
-                jnp.where(row == lane, column, -jnp.inf), axis=0, keepdims=True
-            )
+            refs.lse_tile[slot, head] = jnp.max(jnp.where(row == lane, column, -jnp.inf), axis=0, keepdims=True)
 
 
 # ------------------------------------------------ many rows: prefill and mixed
@@ -598,8 +585,8 @@ def _pack_queries(refs: Refs, plan: Plan, slot) -> None:
         for member in range(plan.group):
             for lane in range(plan.lane_tiles):
                 q = refs.stage[lane, pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)]
-                refs.operand[head, pl.ds(member * plan.block_q, plan.block_q), pl.ds(lane * LANES, LANES)] = (
-                    q.astype(kind)
+                refs.operand[head, pl.ds(member * plan.block_q, plan.block_q), pl.ds(lane * LANES, LANES)] = q.astype(
+                    kind
                 )
 
 

@@ -159,22 +159,16 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
     rows, pages = config.num_queries_per_block, config.num_kv_pages_per_block
     buffers = config.num_stages
     if rows is None or pages is None or buffers is None:
-        raise ValueError(
-            f"config {config}: num_queries_per_block, num_kv_pages_per_block and num_stages are needed"
-        )
+        raise ValueError(f"config {config}: num_queries_per_block, num_kv_pages_per_block and num_stages are needed")
     if rows % 16:
-        raise ValueError(
-            f"num_queries_per_block={rows}: the TPU kernel takes multiples of 16, whole packed tiles"
-        )
+        raise ValueError(f"num_queries_per_block={rows}: the TPU kernel takes multiples of 16, whole packed tiles")
     if pages & (pages - 1):
         raise ValueError(
             f"num_kv_pages_per_block={pages}: the TPU kernel takes powers of two, so that the page ids of a block "
             "never straddle two transfers"
         )
     if buffers < 2:
-        raise ValueError(
-            f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills"
-        )
+        raise ValueError(f"num_stages={buffers}: the TPU kernel needs two buffers or more, one computes, one fills")
     unknown = [name for name, _ in config.options if name not in OPTIONS]
     if unknown:
         raise ValueError(f"option {unknown[0]!r}: the TPU kernel knows {' and '.join(OPTIONS)}")

@@ -63,9 +63,7 @@ def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
         rows=keep(rows),
         position=keep(position),
         block=keep(block),
-        block_end=keep(
-            block_end, 2**30
-        ),  # cursors that pass the last tile stay in the next, which has no pages
+        block_end=keep(block_end, 2**30),  # cursors that pass the last tile stay in the next, which has no pages
         page=keep(page),
         page_end=keep(page_end),
     )
