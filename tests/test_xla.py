@@ -112,18 +112,35 @@ def prepared(case):
     return api.prepare((*case.arrays, None, None), options, False)
 
 
-@pytest.mark.parametrize("length", [*range(1, 12), 31, 32, 33, 36])
-def test_tiles_cover_each_row_of_a_query_once(length):
+@pytest.mark.parametrize("short", [1, 2, 3, 16])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 24, 64])
+def test_tiles_cover_each_row_of_a_query_once(rows, short):
     _, signature = prepared(build(*LONG, WIDE))
-    left, rows = length, []
-    for tile in xla.tiles(signature, BLOCKS):
-        spare = left % tile.rows
-        share = left if spare > tile.spare else left - spare
-        rows += [tile.rows] * -(-share // tile.rows)
-        left -= share
-    assert left == 0
-    assert sum(rows) - length < 8, "a tile is mostly padding"
-    assert rows == [1] if length == 1 else 1 not in rows[:-1]
+    shapes = xla.tiles(signature, BLOCKS.replace(num_queries_per_block=rows, options={"short_rows": short}))
+    assert max(tile.rows for tile in shapes) == min(max(rows, 1), WIDE.rows)
+    for length in range(1, WIDE.rows + 1):
+        left, taken = length, []
+        for tile in shapes:
+            spare = left % tile.rows
+            share = left if spare > tile.spare else left - spare
+            taken += [tile.rows] * -(-share // tile.rows)
+            left -= share
+        assert left == 0
+        assert sum(taken) - length < rows, "more padding than a tile"
+        assert taken == [1] if length == 1 else True, "a decode row pays for a larger tile"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"options": {"warp_rows": 2}}, "warp_rows"),
+        ({"options": {"short_rows": 0}}, "short_rows"),
+        ({"num_kv_splits": 4}, "num_kv_splits"),
+    ],
+)
+def test_a_config_that_xla_cannot_honour_is_refused(changes, named):
+    with pytest.raises(ValueError, match=rf"{named}.*xla"):
+        call(build(*MIXED), BLOCKS.replace(**changes))
 
 
 # ------------------------------------------------------------------ work

@@ -5,6 +5,20 @@ into small ones, a single row (all of a decode step) into tiles of one. A loop w
 inside it another walks the blocks of pages that the tile's rows see. Nothing is ever as long as a context, and dead
 rows, sequences and pages are never visited. The blocks of a tile start at the page its window starts in, so a
 sequence's arithmetic depends on nothing but itself.
+
+Floors and where we are (two Xeon cores with AMX, shared with other work, so CPU time; 32/8 heads, D 128, f32):
+decode of 8 x 2048 keys reads 134 MB, 14 ms at the 9.5 GB/s one core streams: 34 ms. 8192 x 8192 prefill is 550
+GFLOP, 9.2 s at the 60 GFLOP/s a core's dots reach: 10.4 s, with 7 MB of temporaries; bf16 5.2 s.
+
+What was tried and lost (CPU time of a 256-key block of that model, 2 MB in f32, unless said otherwise):
+- page gather, then two transposes: 908 us; the transposes inside one gather each for keys and values: 614 us
+- a gather by (page, head) pairs: 684 us; unrolled page slices, concatenated: 880 us; a loop of page updates: worse
+- scores of a decode row as queries . keys: 125 us; as keys . queries, which packs the small operand: 84 us
+- weighted values as values . weights: 1071 us; as weights . values: 30 us
+- multiply and reduce instead of a dot: scores 73..134 us, values 29 us; in bf16 slower than the dot
+- bf16 operands rounded and then multiplied as f32: 1.2x slower for 4 rows, 4x for 256, since XLA's bf16 dots use AMX
+- tiles of 32 or 128 rows instead of 64, blocks of 128 or 512 keys in prefill: within the noise
+- searchsorted for an item's sequence: a loop of its own and a second of compilation; a compare and a sum are free
 """
 
 from __future__ import annotations
@@ -22,6 +36,7 @@ from rpa.layout import Ragged
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
+_OPTIONS = ("decode_pages", "short_rows")  # pages a block of one-row and short tiles; rows of a short tile
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Keys a block, rows a tile, keys a decode block: the candidates beside the heuristic.
 _AROUND = (
@@ -89,14 +104,32 @@ def _varying(x, never):
 
 def tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Tile, ...]:
     """The tile shapes of a program, largest first; one that no sequence of this call can fill is left out."""
+    _check(config)
     usual = _blocks(signature)
     rows = config.num_queries_per_block or usual.rows
     pages = config.num_kv_pages_per_block or usual.pages
-    short = min(config.option("short_rows", usual.short_rows), rows)
+    short = min(config.option("short_rows", min(usual.short_rows, max(rows // 2, 1))), rows)
     few = config.option("decode_pages", usual.decode_pages)
-    shapes = (Tile(rows, pages, 2 * short), Tile(short, few, 1), Tile(1, few, 0))
-    fits = [tile for tile in shapes if tile.spare < min(signature.num_tokens, tile.rows)]
-    return tuple(Tile(min(t.rows, signature.num_tokens), min(t.pages, signature.pages_per_seq), t.spare) for t in fits)
+    found, most = [], signature.num_tokens  # rows that the tiles so far may leave over
+    for tile in (Tile(rows, pages, min(2 * short, rows - 1)), Tile(short, few, min(1, short - 1)), Tile(1, few, 0)):
+        if tile.spare < min(most, tile.rows):
+            fitted = Tile(min(tile.rows, most), min(tile.pages, signature.pages_per_seq), tile.spare)
+            found.append(fitted)
+            most = tile.spare
+    return tuple(found)
+
+
+def _check(config: RaggedPageAttentionv2Config) -> None:
+    """Refuse what would be ignored."""
+    for name, value in config.options:
+        if name not in _OPTIONS:
+            raise ValueError(f"cfg.options {name!r}: the xla backend knows {' and '.join(_OPTIONS)}")
+        if value < 1:
+            raise ValueError(f"cfg.options {name!r}={value}: the xla backend needs a positive number")
+    if (config.num_kv_splits or 1) > 1:
+        raise ValueError(
+            f"cfg.num_kv_splits={config.num_kv_splits}: the xla backend does not split a sequence's keys; triton does"
+        )
 
 
 def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, taken, carry):
