@@ -62,9 +62,7 @@ def test_machine_code_stays_within_its_budget(name, chip):
     record = json.loads(RECORD.read_text())
     for kernel, found in compiled(name, chip).items():
         assert found.shared <= LIMIT[chip]
-        if (
-            record["triton"] == triton.__version__
-        ):  # registers are the compiler's, so a budget holds for one version
+        if record["triton"] == triton.__version__:  # registers are the compiler's, so a budget holds for one version
             budget = aot.Resources(**record["calls"][name][chip][kernel])
             assert found.registers <= budget.registers
             assert found.spilled <= budget.spilled

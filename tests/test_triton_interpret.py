@@ -49,9 +49,7 @@ def test_case_with_the_shipped_tiles(name):
 def broken(what: str):
     """MIXED with one thing wrong in its metadata."""
     case = build(*MIXED)
-    offsets, contexts, tables = (
-        np.array(a) for a in (case.query_start_loc, case.context_lens, case.block_tables)
-    )
+    offsets, contexts, tables = (np.array(a) for a in (case.query_start_loc, case.context_lens, case.block_tables))
     match what:
         case "negative_context":
             contexts[1] = -3
@@ -105,9 +103,7 @@ def test_what_no_row_may_see_changes_no_bit(name):
 def test_a_sequence_alone_has_the_bits_it_has_in_the_batch():
     case = CASES["mixed"]()
     together, _ = target.run(case, target.SMALL)
-    for index, (start, stop) in enumerate(
-        zip(case.query_start_loc[:3], case.query_start_loc[1:4], strict=True)
-    ):
+    for index, (start, stop) in enumerate(zip(case.query_start_loc[:3], case.query_start_loc[1:4], strict=True)):
         alone, offsets = np.zeros_like(case.queries), np.array(case.query_start_loc)
         alone[: stop - start] = case.queries[start:stop]
         offsets[:2] = 0, stop - start
@@ -133,7 +129,8 @@ def test_every_split_is_merged_in_its_place():
     """A decode of 90 keys in six splits against the same in one: both within the bound, and not the same program."""
     case = build((1, 2), (90, 61), Shape(page=4, pages_per_seq=24, pages=48))
     whole = target.SMALL.replace(num_kv_splits=1)
-    assert verdict(case).ok and verdict(case, whole).ok
+    assert verdict(case).ok
+    assert verdict(case, whole).ok
     assert target.run(case, target.SMALL)[0].tobytes() != target.run(case, whole)[0].tobytes()
 
 

@@ -43,13 +43,14 @@ def run(case: Case, config: RaggedPageAttentionv2Config, **options: Any) -> tupl
         "num_seqs",
         "softmax_aux",
     )
-    inputs = {n: None if a is None else np.array(a) for n, a in zip(names, case.arrays, strict=True)} | scale
+    inputs: dict = {n: None if a is None else np.array(a) for n, a in zip(names, case.arrays, strict=True)} | scale
     return interpret.run(inputs, replace(signature_of(case), return_lse=True), config, **options)
 
 
 def _case(arrays: tuple, options: dict[str, Any]) -> Case:
-    *most, num_seqs, sinks = arrays
-    return Case(*most, int(np.asarray(num_seqs).reshape(-1)[0]), sinks, **options)
+    queries, pages, contexts, tables, offsets, num_seqs, sinks = arrays
+    live = int(np.asarray(num_seqs).reshape(-1)[0])
+    return Case(queries, pages, contexts, tables, offsets, live, sinks, **options)
 
 
 def _claim(case: Case) -> Claim:

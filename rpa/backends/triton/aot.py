@@ -61,12 +61,10 @@ def compile_launch(kernel: Any, launch: planning.Launch, signature: Signature, t
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def compile_call(
-    signature: Signature, config: RaggedPageAttentionv2Config, target: str
-) -> dict[str, Resources]:
+def compile_call(signature: Signature, config: RaggedPageAttentionv2Config, target: str) -> dict[str, Resources]:
     """Resources of every launch of a call, by kernel; nothing here needs a GPU."""
     plan = planning.make(signature, config)
-    launches = {"attend": (kernels.attend_kernel, plan.attend)}
+    launches: dict[str, tuple[Any, planning.Launch]] = {"attend": (kernels.attend_kernel, plan.attend)}
     if plan.combine:
         launches["combine"] = (kernels.combine_kernel, plan.combine)
     return {
@@ -85,9 +83,7 @@ def resources(compiled: Any, target: str) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     match = re.search(r"REG:(\d+) STACK:(\d+)", text.stdout)
     assert match, text.stdout
     return Resources(int(match[1]), int(match[2]), shared)

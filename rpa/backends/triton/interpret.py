@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.runtime import interpreter as ti
 
 from rpa.backends.triton import plan as planning
@@ -47,14 +48,15 @@ def load(source: Path = SOURCE) -> types.ModuleType:
     """The kernels of a source file, as plain functions of the interpreter."""
     name = f"{__package__}.interpreted_{abs(hash(str(source)))}"
     spec = importlib.util.spec_from_file_location(name, source)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    before, triton.knobs.runtime.interpret = triton.knobs.runtime.interpret, True
+    before, knobs.runtime.interpret = knobs.runtime.interpret, True
     try:
         spec.loader.exec_module(module)
     finally:
-        triton.knobs.runtime.interpret = before
+        knobs.runtime.interpret = before
     for key, value in list(vars(module).items()):
         if isinstance(value, ti.InterpretedFunction):
             function = value.rewrite()
@@ -136,9 +138,7 @@ def _patched(memory: Memory) -> Iterator[None]:
         return _handle(_numpy(src), dst_type)
 
     changes = {"create_masked_load": checked_load, "create_masked_store": checked_store, "create_dot": _dot}
-    changes |= {
-        name: convert for name in ("create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp")
-    }
+    changes |= {name: convert for name in ("create_fp_to_fp", "create_fp_trunc", "create_fp_ext", "create_si_to_fp")}
     before = {name: getattr(builder, name) for name in changes}
     library = _library()
     originals = {name: getattr(tl, name) for name in library}
@@ -190,9 +190,7 @@ def run(
 
     module = load(source)
     plan = planning.make(signature, config)
-    outputs = {
-        name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in scratch(signature, plan).items()
-    }
+    outputs = {name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in scratch(signature, plan).items()}
     arrays = bind(inputs, outputs)
     attend = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "sinks", "k_scale",
               "v_scale", "output", "lse", "part_acc", "part_ml")  # fmt: skip

@@ -11,7 +11,21 @@ Metadata is not trusted: a sequence whose offsets or context are invalid gets no
 clamped into the pool before they address anything, and a sequence with a live page id outside the pool gets NaN rows.
 
 Page offsets are 64 bits wide. Weights and logits live in base 2: `exp(x)` is `exp2(x * log2(e))`.
+
+Tried on an H200 and left out (us, the kept form first; Llama-8B shapes unless said):
+- masking every block instead of edge blocks in a branch: prefill 1 x 8k 1302 -> 1403;
+- blocks of 128 keys in prefill 1302 -> 1414 (spills); two programs of 128 registers a multiprocessor 1302 -> 1384;
+- one item a program in prefill 16 x 2k 1559 -> 1738, since each then surveys the metadata again;
+- issuing the next block's first product before this block's softmax: Triton then waits for both products and loads
+  without pipelining (seen in its IR, not timed);
+- five stages in decode b64 x 8k 521 -> 750 and blocks of 128 keys 521 -> 604: fewer programs share a multiprocessor;
+- a register limit of 168 in decode 497 -> 584;
+- a row sum reduced in every block of decode (b8 x 8k, two warps) 75.5 -> 85.4, hence the lazy sum;
+- 64-row tiles in prefill 1302 -> 1427, but right for batches of decodes and chunks 1189 -> 1165.
 """
+
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
+# (Triton types every compile-time value as `constexpr`, and its `range` as a class without an iterator.)
 
 from __future__ import annotations
 
@@ -79,7 +93,9 @@ def _survey(
     valid = (begin == start) & (end == stop) & (context >= 0) & (context <= CAPACITY) & alive
     rows = stop - start
     q_len = tl.where(valid, rows, 0)
-    low, size, splits = _splits(tl.where(valid, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
+    _, _, splits = _splits(
+        tl.where(valid, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS
+    )
     short = tl.where(rows <= SHORT_Q, tl.where(rows > 0, splits, 0), 0)
     long = tl.where(rows <= SHORT_Q, 0, rows)
     if HAS_LONG:
@@ -239,9 +255,7 @@ def _attend(
         edge = block + BLOCK_N > open_hi
         if WINDOW > 0:
             edge = edge | (block < open_lo)
-        acc, m, l = _fold(
-            scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK, LAZY
-        )
+        acc, m, l = _fold(scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK, LAZY)
     if LAZY:
         l = tl.sum(l, 1)
     if not ONE_PAGE:
@@ -322,7 +336,7 @@ def attend_kernel(
     """Answer every row: items pid, pid + PROGRAMS, ... of the list of short and long tiles and rows to clear.
 
     queries, output [T, HQ, D]; kv_pages [P, PAGE, 2 * HKV, D]; lse [T, HQ]; part_acc [slots, HQ, MAX_SPLITS, D] and
-    part_ml [slots, HQ, MAX_SPLITS, 2] (maximum, sum) hold the splits of short sequences, unwritten where there is one split.
+    part_ml [slots, HQ, MAX_SPLITS, 2] (maximum, sum) hold the splits of short sequences; not written for one split.
     """
     short_sums, long_sums, starts, first_row, last_row, live = _survey(
         query_start_loc, context_lens, num_seqs, T, S, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
@@ -403,7 +417,10 @@ def _scaled(kv_head, k_scale, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_K_SCAL
 
 
 @triton.jit
-def _rows(first_token, stop, first_head, kv_head, M: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+def _rows(
+    first_token, stop, first_head, kv_head, M: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
     """Token, head and liveness of a tile's rows, [M] each."""
     r = tl.arange(0, M)
     token = first_token + r // HEADS
@@ -555,7 +572,8 @@ def combine_kernel(
     q_len = end - begin
     good = (sequence < live) & (begin == start) & (end >= begin) & (end <= T)
     good = good & (context >= 0) & (context <= PAGES_PER_SEQ * PAGE) & (q_len <= SHORT_Q)
-    low, size, splits = _splits(tl.where(good, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
+    context = tl.where(good, context, 0)
+    _, _, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
     if good & (splits > 1):
         for local in tl.range(0, q_len, num_stages=1):
             token = start + local + tl.zeros([1], tl.int32)

@@ -59,9 +59,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     return outputs["output"], outputs["lse"] if signature.return_lse else None
 
 
-def _attend(
-    inputs: Inputs, signature: Signature, plan: planning.Plan, capability: Any
-) -> dict[str, jax.Array]:
+def _attend(inputs: Inputs, signature: Signature, plan: planning.Plan, capability: Any) -> dict[str, jax.Array]:
     """The first launch: every row that has one split, and the splits of the others."""
     from rpa.backends.triton.kernel import attend_kernel
 
@@ -72,9 +70,7 @@ def _attend(
     return dict(zip(outputs, written, strict=True))
 
 
-def _combine(
-    inputs: Inputs, signature: Signature, plan: planning.Plan, outputs: dict[str, jax.Array], capability: Any
-):
+def _combine(inputs: Inputs, signature: Signature, plan: planning.Plan, outputs: dict[str, jax.Array], capability: Any):
     """The second launch: rows of several splits, written in place."""
     from rpa.backends.triton.kernel import combine_kernel
 
@@ -86,9 +82,7 @@ def _combine(
     return {name: jax.freeze(ref) for name, ref in updated.items()}
 
 
-def _call(
-    kernel: Any, launch: planning.Launch, arrays: dict[str, Any], out_type: Any, capability: Any
-) -> Any:
+def _call(kernel: Any, launch: planning.Launch, arrays: dict[str, Any], out_type: Any, capability: Any) -> Any:
     """One `triton_call`; the kernel's parameters that `arrays` lacks are its outputs."""
     constants = dict(launch.constants)
     if "COMPUTE" in constants:
@@ -122,6 +116,6 @@ def jax_triton() -> Any:
 
     if not hasattr(driver, "TMA_TF32"):
         driver.TMA_TF32 = 11  # type: ignore[attr-defined]
-    import jax_triton
+    import jax_triton  # pyright: ignore[reportMissingImports]
 
     return jax_triton

@@ -79,9 +79,10 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config) -> Plan:
     attend = Launch(
         grid=(programs,),
         constants=shape | options | tiles | split | {
-            "EARLY": config.option("early", 50), "CLEAR": 4096, "PROGRAMS": programs, "LAZY": bool(config.option("lazy", 1)),
-            "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature), "SCALE": signature.softmax_scale,
-            "CAP": signature.logits_soft_cap or 0.0, "COMPUTE": signature.compute_dtype, "P": signature.num_pages,
+            "EARLY": config.option("early", 50), "CLEAR": 4096, "PROGRAMS": programs,
+            "LAZY": bool(config.option("lazy", 1)), "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature),
+            "SCALE": signature.softmax_scale, "CAP": signature.logits_soft_cap or 0.0,
+            "COMPUTE": signature.compute_dtype, "P": signature.num_pages,
         },
         num_warps=config.num_warps or 4,
         num_stages=config.num_stages or 3,
@@ -106,7 +107,7 @@ def _options(signature: Signature) -> dict[str, Any]:
 
 
 def _fused(signature: Signature) -> bool:
-    """A plain positive scale can be applied inside the exponent; the running maximum would turn with a negative one."""
+    """A plain positive scale can be applied inside the exponent; with a negative one the maximum would turn."""
     return signature.logits_soft_cap is None and not signature.k_scale and signature.softmax_scale > 0
 
 
@@ -135,9 +136,7 @@ def _tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> dict[st
     }  # fmt: skip
 
 
-def _splitting(
-    signature: Signature, config: RaggedPageAttentionv2Config, tiles: dict[str, Any]
-) -> dict[str, Any]:
+def _splitting(signature: Signature, config: RaggedPageAttentionv2Config, tiles: dict[str, Any]) -> dict[str, Any]:
     """How the keys of short sequences are cut; from static shapes, unless the caller lets the batch decide."""
     keys = signature.capacity
     if signature.sliding_window is not None:
@@ -169,9 +168,7 @@ def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -
     return max(1, max((short + (long if tiles["HAS_LONG"] else 0)) * tiles["HEAD_GROUPS"], clear))
 
 
-def _combine(
-    signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]
-) -> Launch:
+def _combine(signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]) -> Launch:
     """One program a sequence and head; as many splits at once as registers hold."""
     keep = {name: tiles[name] for name in ("SHORT_Q", "SHORT_N", "ALIGN")}
     padded = pow2(split["MAX_SPLITS"])

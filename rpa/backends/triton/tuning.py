@@ -7,7 +7,7 @@ from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Signature
 
-# Shared memory a program may take, in bytes: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on consumer chips, 64 on AMD.
+# Bytes of shared memory a program may take: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on consumer chips, 64 on AMD.
 SHARED = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
 SHARED_NVIDIA, SHARED_AMD = 99 << 10, 64 << 10
 
@@ -26,13 +26,7 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
 
 def _short(signature: Signature) -> tuple[dict[str, int], int, int, int]:
     """Decode: options, warps, stages, register limit (0: none)."""
-    # Whole waves of programs whether 1, 2, 3, 4 or 6 of them share a multiprocessor: 4 a multiprocessor lost 14 %
-    # where registers let 3 share one. Small pieces for few sequences, for the same reason.
-    programs = 24 * plan.MULTIPROCESSORS
-    longest = (
-        8192 if signature.max_seqs * signature.num_kv_heads >= 1024 or signature.head_dim <= 64 else 4096
-    )
-    base = {"longest": longest, "programs": programs}
+    base = {"longest": _longest(signature), "programs": 24 * plan.MULTIPROCESSORS}
     if signature.compute_dtype == "float32":
         return base | {"short_n": 32, "long_n": 32}, 4, 2, 0
     if signature.head_dim <= 64:
@@ -48,6 +42,18 @@ def _short(signature: Signature) -> tuple[dict[str, int], int, int, int]:
     return base | {"short_n": 32, "long_n": 32}, 4, 3, 0
 
 
+def _longest(signature: Signature) -> int:
+    """Keys a split may have in decode: one wave of programs or several, never one and a bit.
+
+    Two or three programs share a multiprocessor, as the compiler's registers fall (page 16 and 64 differ, and so do
+    the assemblers of Triton and XLA): 512 equal items on 396 places took 14 % longer than 1024 of half the length.
+    """
+    pairs = signature.max_seqs * signature.num_kv_heads
+    if signature.head_dim <= 64:
+        return 8192
+    return 16384 if pairs < 256 else 4096 if 512 <= pairs < 1024 else 8192
+
+
 def _long(signature: Signature) -> tuple[dict[str, int], int, int, int]:
     """Prefill, chunks and mixed batches: options, warps, stages, register limit."""
     base = {"longest": 2048, "programs": 16 * plan.MULTIPROCESSORS}
@@ -61,12 +67,8 @@ def _long(signature: Signature) -> tuple[dict[str, int], int, int, int]:
         # Few rows a sequence on average: decodes among chunks. Two small programs share a multiprocessor, so that
         # one's loads run beside the other's matrix work.
         if signature.num_tokens < 128 * signature.max_seqs:
-            return (
-                base | {"long_m": 64, "long_n": 64, "short_n": 64, "programs": 64 * plan.MULTIPROCESSORS},
-                4,
-                3,
-                0,
-            )
+            small = {"long_m": 64, "long_n": 64, "short_n": 64, "programs": 64 * plan.MULTIPROCESSORS}
+            return base | small, 4, 3, 0
         return base | {"long_m": 128, "long_n": 64, "short_n": 64}, 8, 3, 0
     if signature.head_dim <= 256:
         return base | {"long_m": 128, "long_n": 64, "short_n": 32}, 8, 2, 0
@@ -106,19 +108,13 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
         for stages in (2, 3, 4):
             for block in (32, 64):
                 options = dict(first.options) | {"short_n": block, "long_n": block}
-                variants.append(
-                    first.replace(num_warps=warps, num_stages=stages, options=tuple(options.items()))
-                )
+                variants.append(first.replace(num_warps=warps, num_stages=stages, options=tuple(options.items())))
     limit = _shared(device)
-    fitting = [
-        c for c in variants if _fitting(signature, dict(c.options), c.num_stages or 1, limit) == c.num_stages
-    ]
+    fitting = [c for c in variants if _fitting(signature, dict(c.options), c.num_stages or 1, limit) == c.num_stages]
     return tuple(dict.fromkeys([first, *fitting]))
 
 
-def complete(
-    signature: Signature, config: RaggedPageAttentionv2Config, device: Device
-) -> RaggedPageAttentionv2Config:
+def complete(signature: Signature, config: RaggedPageAttentionv2Config, device: Device) -> RaggedPageAttentionv2Config:
     """`config` with what it leaves open filled in by the heuristic."""
     base = heuristic(signature, device)
     defaults = dict(base.options)
