@@ -112,6 +112,16 @@ def analyse(case: Case, claim: Claim) -> Analysis:
     return Analysis(output, lse, hard, soft, lse_error, vacuous)
 
 
+def may_overflow(case: Case) -> np.ndarray:
+    """Rows and heads where float32 sums or the dots' operands may overflow, so that even NaN is right: `[T, Hq]`."""
+    found = np.zeros(case.queries.shape[:2], bool)
+    for block in blocks(case):
+        products = block.score(np.abs(block.queries), np.abs(block.keys)) * block.mask
+        sums = (products > LARGEST).any(axis=-1) | (block.value_sum > LARGEST).any(axis=-1)
+        block.scatter(sums | operands_overflow(block)[..., 0], found)
+    return found
+
+
 def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
     """Steps 1 to 8 for one block, HARD and SOFT side by side."""
     B = np.ceil(block.n / claim.block) + 1

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from oracle.attend import blocks, solve
-from oracle.bound import Analysis, analyse
+from oracle.bound import Analysis, analyse, may_overflow
 from oracle.case import Case, Sequence, visible
 from oracle.claim import Claim, default_claim
 
@@ -61,8 +61,8 @@ def compare(case: Case, analysis: Analysis, output, lse=None, *, structured: boo
     if complaint:
         return Verdict("fail", complaint, ratio=np.inf)
     got = np.asarray(output).astype(np.float64)
-    ratio = _ratio(got, analysis.output, analysis.hard)
-    soft = _ratio(got, analysis.output, analysis.soft)
+    ratio = _ratio(case, got, analysis.output, analysis.hard)
+    soft = _ratio(case, got, analysis.output, analysis.soft)
     soft = np.where(analysis.vacuous[..., None], 0.0, soft)
     counts: dict[str, Any] = {
         "ratio": float(ratio.max(initial=0.0)),
@@ -72,7 +72,7 @@ def compare(case: Case, analysis: Analysis, output, lse=None, *, structured: boo
     }
     if lse is not None:
         got_lse = np.asarray(lse).astype(np.float64)
-        lse_ratio = _ratio(got_lse, analysis.lse, analysis.lse_bound)
+        lse_ratio = _ratio(case, got_lse, analysis.lse, analysis.lse_bound)
         counts["lse_ratio"] = float(lse_ratio.max(initial=0.0))
     if counts["ratio"] > 1:
         return _accuse("fail", "HARD", case, analysis, got, ratio, analysis.hard, counts)
@@ -99,7 +99,7 @@ def _misshapen(case: Case, output, lse) -> str | None:
     return None
 
 
-def _ratio(got: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> np.ndarray:
+def _ratio(case: Case, got: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> np.ndarray:
     """error / bound of every element: inf where an exact or finite answer is missed, 0 where nothing is claimed."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(got - expected)
@@ -110,9 +110,11 @@ def _ratio(got: np.ndarray, expected: np.ndarray, bound: np.ndarray) -> np.ndarr
     exact = ~np.isfinite(expected) & (bound == 0)  # -inf of an lse, NaN of invalid metadata
     unclaimed = ~np.isfinite(expected) & ~exact | np.isposinf(bound)
     ratio = np.where(np.isnan(ratio), np.inf, ratio)
-    # Ill conditioned or not, no convex combination of finite values is NaN.
-    ratio = np.where(unclaimed & ~(np.isnan(got) & np.isfinite(expected)), 0.0, ratio)
-    return np.where(same, 0.0, ratio)
+    # Ill conditioned or not, no convex combination of finite values is NaN, unless its making may overflow.
+    absurd = unclaimed & np.isnan(got) & np.isfinite(expected)
+    if absurd.any():
+        absurd &= ~may_overflow(case).reshape(*got.shape[:2], *[1] * (got.ndim - 2))
+    return np.where(same | unclaimed & ~absurd, 0.0, ratio)
 
 
 def _accuse(status: Status, name: str, case: Case, analysis: Analysis, got, ratio, bound, counts) -> Verdict:

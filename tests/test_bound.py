@@ -10,7 +10,7 @@ from model_cases import draw_case, draw_style
 from model_kernel import Style, claim, run
 
 import oracle.bound
-from oracle import Case, analyse, default_claim, error_bound, judge, soft_bound
+from oracle import Case, analyse, attend, default_claim, error_bound, judge, soft_bound
 from oracle.attend import blocks, solve
 from oracle.bound import weighted_spread
 from oracle.case import dtype_of
@@ -167,9 +167,15 @@ def test_nothing_is_claimed_where_an_operand_does_not_fit_float16():
     case = long_context(40, "float32", "float16")
     pages = np.array(case.kv_pages)
     pages[2, 3, 0, 5] = 70000  # one number of one key of kv head 0
-    bound = error_bound(case.replace(kv_pages=pages), default_claim(case))
+    case = case.replace(kv_pages=pages)
+    bound = error_bound(case, default_claim(case))
     assert np.all(np.isinf(bound[:, 0]))
     assert np.all(np.isfinite(bound[:, 1]))
+    output = attend(case)[0].astype(np.float32)
+    output[:, 0] = np.nan  # inf - inf
+    assert judge(case, output).status == "vacuous"
+    output[:, 1] = np.nan
+    assert judge(case, output).status == "fail"
 
 
 @pytest.mark.parametrize(
