@@ -6,6 +6,8 @@ that no row sees and must give the same bits.
 
 from __future__ import annotations
 
+import inspect
+import re
 import shlex
 import sys
 import time
@@ -21,7 +23,7 @@ import numpy as np
 from fuzz.files import write_atomically
 from fuzz.models import Layer, Model
 from fuzz.serve import Limits, Scale, Scheduler, Step
-from fuzz.targets import Target, Unsupported
+from fuzz.targets import BACKENDS, Target, Unsupported
 from fuzz.trace import BLOCK_TOKENS, Request, Scan
 from fuzz.traffic import PagedCache, case_of, twice
 from oracle import Case, analyse, compare
@@ -170,8 +172,11 @@ class Report:
 
 
 def with_lse(target: Target) -> Target:
-    """The target asked for its log-sum-exp too, if it can return one."""
-    if "return_lse" not in target.accepts:
+    """The target asked for its log-sum-exp too, if it says that it can return one.
+
+    `**options` says nothing: it may be handed on to a function that has no such argument.
+    """
+    if target.name not in BACKENDS and "return_lse" not in inspect.signature(target.call).parameters:
         return target
     return replace(target, call=partial(target.call, return_lse=True))
 
@@ -263,6 +268,8 @@ class Replay:
         except (Unsupported, MemoryError):
             raise
         except Exception as error:  # whatever a kernel raises on a legal call is its failure
+            if case.quantised and re.search("unexpected keyword argument '[kv]_scale'", str(error)):
+                raise Unsupported(f"{target.name}, {layer.name}: takes no scales") from error
             if any(word in str(error) for word in _OUT_OF_RESOURCES):
                 raise Infrastructure(f"{target.name}, step {step.index}: {_first_line(error)}") from error
             self._fail(

@@ -157,6 +157,13 @@ def test_a_declared_gap_is_counted_and_the_rest_is_verified(rpa_verify):
     assert "has no windows (3)" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("name", ["takes_the_contracts_arguments_only", "hands_its_options_on"])
+def test_a_kernel_without_scales_or_lse_is_judged_on_what_it_takes(rpa_verify, name):
+    code, _, _, result = rpa_verify(platform=name, steps=2)
+    assert (code, result["verified"], sum(result["skipped"].values())) == (0, 6, 2)
+    assert result["backends"][f"{TARGETS}:{name}"]["worst_lse_ratio"] is None
+
+
 @pytest.mark.parametrize("name", ["unsupported", "boundless"])
 def test_nothing_verified_is_no_pass(rpa_verify, name):
     code, text, _, result = rpa_verify(platform=name)

@@ -54,15 +54,15 @@ one_behind = _changed(_future)
 last_sequence_skipped = _changed(_last_sequence_skipped)
 
 
-def lse_without_maximum(*arrays, **options):
+def lse_without_maximum(*arrays, return_lse, **options):
     """A right output beside a log-sum-exp that is off by a little."""
-    output, lse = right(*arrays, **options)
+    output, lse = right(*arrays, return_lse=return_lse, **options)
     return output, lse + np.float32(1e-3)
 
 
-def leaks(*arrays, **options):
+def leaks(*arrays, return_lse, **options):
     """Right within the bound, yet a finite value in a page that nobody owns moves a bit."""
-    output, lse = right(*arrays, **options)
+    output, lse = right(*arrays, return_lse=return_lse, **options)
     dead = np.nan_to_num(arrays[1][..., 0].astype(np.float64), nan=0.0)
     if np.abs(dead).max() > 1000:
         output = np.nextafter(output.astype(np.float32), np.float32(9)).astype(output.dtype)
@@ -73,8 +73,8 @@ def raises(*arrays, **options):
     raise RuntimeError("the kernel gave up\nand said why at length")
 
 
-def wrong_shape(*arrays, **options):
-    output, lse = right(*arrays, **options)
+def wrong_shape(*arrays, return_lse, **options):
+    output, lse = right(*arrays, return_lse=return_lse, **options)
     return output[:-1], lse
 
 
@@ -108,6 +108,19 @@ def boundless(*arrays, **options):
 boundless.claim = Claim(
     u=0.25, u_in=0.5, u_q=0.5, u_p=0.5, u_o=0.5, eta_p=0.0, eta_o=0.0, eps_exp=0.5, eps_tanh=0.5, eps_div=0.5, block=1
 )  # fmt: skip
+
+
+def takes_the_contracts_arguments_only(
+    *arrays, softmax_scale, logits_soft_cap, sliding_window, compute_dtype
+):
+    return right(
+        *arrays, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, sliding_window=sliding_window,
+        compute_dtype=compute_dtype,
+    )  # fmt: skip
+
+
+def hands_its_options_on(*arrays, **options):
+    return takes_the_contracts_arguments_only(*arrays, **options)
 
 
 def interrupted(*arrays, **options):
