@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fuzz.bench.cells import Cell
+    from rpa.select import Query
+    from rpa.tune import Report
 
 USAGE, NOTHING = 2, 3
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -106,14 +105,17 @@ def tune(
         raise _fail(str(error)) from None
     if not found:
         raise typer.Exit(NOTHING)
-    _keep(found, table)
+    from fuzz.tuning import store
+
+    print(f"{len(found)} configs in {store(found, table)}")
 
 
-def _tune_cells(end: float, only: str, platform: str, iters: int) -> list[tuple[Any, Any, str]]:
-    """(query, config, reason) of every cell that was tuned; the table of trials goes to the terminal."""
+def _tune_cells(end: float, only: str, platform: str, iters: int) -> list[tuple[Query, Report]]:
+    """The reports of every cell that was tuned; one line a cell goes to the terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
+    from fuzz import tuning
     from fuzz.bench.cells import cells_for
     from rpa.device import current
 
@@ -124,93 +126,14 @@ def _tune_cells(end: float, only: str, platform: str, iters: int) -> list[tuple[
     found = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(cells))
-        for cell, query, tuner in _each(cells, platform, iters, end):
+        for cell, query, report in tuning.each(cells, platform, iters, end):
+            told = report if isinstance(report, str) else tuning.summary(report)
+            console.print(f"{cell.name}: {told}", highlight=False, soft_wrap=True)
             progress.update(task, description=cell.name, advance=1)
-            report = _one(query, tuner)
-            console.print(
-                f"{cell.name}: {report if isinstance(report, str) else _summary(report)}", highlight=False
-            )
             if not isinstance(report, str):
-                found.append((query, report.winner, report.reason))
-    if len(found) < len(cells):
-        console.print(f"{len(found)} of {len(cells)} cells tuned")
+                found.append((query, report))
+    console.print(f"{len(found)} of {len(cells)} cells tuned")
     return found
-
-
-def _each(cells: list[Cell], platform: str, iters: int, end: float) -> Iterator[tuple[Cell, Any, Any]]:
-    """A query on real arrays for each cell and a tuner with its part of the time; cells of one key are tuned once."""
-    import jax
-
-    from fuzz.bench import arrays
-    from fuzz.verifier import verify
-    from rpa import Tuner, api, select
-    from rpa.device import current
-
-    keys = set()
-    for i, cell in enumerate(cells):
-        left = end - time.monotonic()
-        if left <= 0:
-            return
-        batch = arrays.make(cell, 0)
-        values = tuple(jax.device_put(value) for value in batch.arguments()[:6])
-        options = batch.options
-        static = [options.get(name) for name in ("softmax_scale", "logits_soft_cap", "compute_dtype")]
-        inputs, signature = api.prepare(
-            (*values, batch.sinks, options.get("k_scale"), options.get("v_scale")),
-            (*static, False, options.get("sliding_window"), None, None, False),
-            False,
-        )
-        query = select.query_of(signature, current(), platform, None, inputs=inputs)
-        if query.triple in keys:
-            continue
-        keys.add(query.triple)
-        share = left / (len(cells) - i)
-        yield cell, query, Tuner(warmup=2, iters=iters, verify=verify, budget=max(share, 5.0))
-
-
-def _one(query: Any, tuner: Any) -> Any:
-    """The report of one tuning run, or why there is none."""
-    from rpa.tune import TuningFailed
-
-    first = query.heuristic()
-    candidates = [first, *(config for config in query.candidates() if config != first)]
-    try:
-        tuner.autotune(query.program, query.args, {}, candidates)
-    except TuningFailed as error:
-        return f"no usable config\n{error}"
-    return tuner.history[-1]
-
-
-def _summary(report: Any) -> str:
-    counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
-    troubles = "".join(
-        f"\n    {trial.status}: {trial.config}: {trial.detail[:300]}"
-        for trial in report.trials
-        if trial.status in ("wrong", "failed")
-    )
-    return f"{report.reason} ({counts}){troubles}"
-
-
-def _keep(found: list[tuple[Any, Any, str]], table: Path | None) -> None:
-    from rpa import cache
-    from rpa.select import default_chain
-
-    if table is None:
-        store: Any = default_chain().persistent
-        store.merge({"|".join(query.triple): _entry(config, reason) for query, config, reason in found})
-        print(f"{len(found)} configs in {store.path}")
-        return
-    entries = {f"{query.op}|{query.stem}": _entry(config, reason) for query, config, reason in found}
-    old = cache.parse(table.read_text(encoding="utf-8")) if table.exists() else {}
-    table.write_text(cache.render({**old, **entries}), encoding="utf-8")
-    print(f"{len(found)} configs in {table}")
-
-
-def _entry(config: Any, reason: str) -> dict[str, Any]:
-    from rpa.cache import versions
-
-    fields = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
-    return {"config": fields, "note": reason, "versions": versions()}
 
 
 # ------------------------------------------------------------------ cache
