@@ -17,7 +17,7 @@ Past 400 lines because it is one kernel: cursors, staging, two score paths and t
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Refs(NamedTuple):
     tables: jax.Ref  # HBM int32 [S * slices, 1, table_entries]
     pages: jax.Ref  # HBM [P, page, 2 * heads, head_dim]
     out: jax.Ref  # HBM [T, q_heads, head_dim]
-    lse: jax.Ref | None  # HBM f32 [N, heads, 1, packed_rows]
+    lse: Any  # None without an lse; HBM f32 [N, heads, 1, packed_rows]
     cursor: jax.Ref  # SMEM int32 [8]
     table: jax.Ref  # SMEM int32 [TABLE_SLOTS * table_entries]
     raw: jax.Ref  # VMEM [buffers, block_pages, page, 2 * heads, head_dim]
@@ -73,12 +73,12 @@ class Refs(NamedTuple):
     decode_m: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
     decode_l: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
     decode_acc: jax.Ref  # VMEM f32 [heads * decode_rows, dim]
-    lse_tile: jax.Ref | None  # VMEM f32 [2, heads, 1, packed_rows]
+    lse_tile: Any  # None without an lse; VMEM f32 [2, heads, 1, packed_rows]
     table_sem: jax.Ref  # DMA [TABLE_SLOTS]
     page_sem: jax.Ref  # DMA [buffers]
     q_sem: jax.Ref  # DMA [2]
     out_sem: jax.Ref  # DMA [2]
-    lse_sem: jax.Ref | None  # DMA [2]
+    lse_sem: Any  # None without an lse; DMA [2]
 
 
 def body(refs: Refs, plan: Plan) -> None:
@@ -121,7 +121,11 @@ def _clear_padding(refs: Refs, plan: Plan) -> None:
     if plan.head_dim != plan.dim:
         refs.stage[plan.lane_tiles - 1] = jnp.zeros(refs.stage.shape[1:], refs.stage.dtype)
     if plan.head_dim != plan.dim or plan.keys != plan.tokens:
-        refs.words[...] = jnp.zeros_like(refs.words)
+        refs.words[...] = _full(refs.words, 0)
+
+
+def _full(ref, value):
+    return jnp.full(ref.shape, value, ref.dtype)
 
 
 def _lane_tiles(plan: Plan) -> list[tuple[int, int, int]]:
@@ -496,9 +500,9 @@ def _close(m, l, sink, plan: Plan):
 
 
 def _decode_tile(refs: Refs, plan: Plan, tile, slot) -> None:
-    refs.decode_m[...] = jnp.full_like(refs.decode_m, FLOOR)
-    refs.decode_l[...] = jnp.zeros_like(refs.decode_l)
-    refs.decode_acc[...] = jnp.zeros_like(refs.decode_acc)
+    refs.decode_m[...] = _full(refs.decode_m, FLOOR)
+    refs.decode_l[...] = _full(refs.decode_l, 0)
+    refs.decode_acc[...] = _full(refs.decode_acc, 0)
     _stage_row(refs, plan, slot, 0)
     position = refs.tiles.position[tile]
     _each_block(refs, plan, tile, lambda base: _decode_block(refs, plan, base, position))
@@ -563,9 +567,9 @@ def _decode_end(refs: Refs, plan: Plan, slot) -> None:
 
 
 def _mixed_tile(refs: Refs, plan: Plan, tile, slot) -> None:
-    refs.m[...] = jnp.full_like(refs.m, FLOOR)
-    refs.l[...] = jnp.zeros_like(refs.l)
-    refs.acc[...] = jnp.zeros_like(refs.acc)
+    refs.m[...] = _full(refs.m, FLOOR)
+    refs.l[...] = _full(refs.l, 0)
+    refs.acc[...] = _full(refs.acc, 0)
     _pack_queries(refs, plan, slot)
     position = refs.tiles.position[tile]
     _each_block(refs, plan, tile, lambda base: _mixed_block(refs, plan, base, position))
