@@ -44,17 +44,16 @@ CALLS = {
     "cap_d256": call(8192, 16, 8, 256, 1, window=4096, cap=50.0),
     "float32": call(64, 8, 2, 128, 64, dtype="float32"),
 }
-FAST = {("decode", "sm_90"), ("decode", "gfx942")}
+FAST = {("decode", "sm_90")}
 
 
 def compiled(name: str, chip: str) -> dict[str, aot.Resources]:
     return aot.compile_call(CALLS[name], tuning.heuristic(CALLS[name], CHIPS[chip]), chip)
 
 
-def pairs():
-    for name in CALLS:
-        for chip in CHIPS:
-            yield pytest.param(name, chip, marks=[pytest.mark.slow] * ((name, chip) not in FAST))
+def pairs() -> list:
+    every = [(name, chip) for name in CALLS for chip in CHIPS]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in FAST)) for pair in every]
 
 
 @pytest.mark.parametrize(("name", "chip"), pairs())
@@ -69,6 +68,7 @@ def test_machine_code_stays_within_its_budget(name, chip):
             assert found.shared <= budget.shared
 
 
+@pytest.mark.slow
 def test_long_tiles_use_the_matrix_unit_of_their_chip():
     """Hopper's own matrix instructions and asynchronous copies, not the ones of the chips before."""
     from rpa.backends.triton.kernel import attend_kernel

@@ -166,6 +166,8 @@ def execute(function: Any, launch: planning.Launch, arrays: dict[str, np.ndarray
     grid = (*launch.grid, 1, 1)[:3]
     with _patched(Memory(arrays)), np.errstate(all="ignore"):
         scopes = [ti._patch_lang(function), ti._patch_lang(_library()["zeros"])]
+        # Triton 3.6 turns one-element arrays into ints as NumPy no longer does.
+        scopes[-1].set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(())))
         try:
             ti.interpreter_builder.set_grid_dim(*grid)
             for index in np.ndindex(*grid):
