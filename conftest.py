@@ -23,7 +23,8 @@ def _missing(item: pytest.Item) -> str | None:
             import jax
 
             if jax.default_backend() != chip:
-                return f"needs a {chip.upper()}: run by hand on one with JAX_PLATFORMS={'cuda' if chip == 'gpu' else chip}"
+                platform = "cuda" if chip == "gpu" else chip
+                return f"needs a {chip.upper()}: run by hand on one with JAX_PLATFORMS={platform}"
     return None
 
 

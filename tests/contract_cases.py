@@ -75,7 +75,7 @@ def _values(random, shape: tuple[int, ...], dtype: str, amplitude: float) -> np.
         return random.integers(-127, 128, shape).astype(np.int8)
     values = random.normal(size=shape) * amplitude
     # One slot in five is loud: an edge that is off by one reads or misses such a slot somewhere.
-    loud = random.random(shape[:-2] + (1, 1)) < 0.2
+    loud = random.random((*shape[:-2], 1, 1)) < 0.2
     return np.where(loud, np.sign(values) * 8, values).astype(DTYPES[dtype])
 
 
@@ -186,11 +186,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "fp8_e5m2_per_head": lambda: build(
         *MIXED, dtype="bfloat16", kv_dtype="float8_e5m2", compute_dtype="bfloat16",
         k_scale=np.array([0.5, 1.25], np.float32), v_scale=np.array([2.0, 0.1], np.float32),
-    ),  # fmt: skip
+    ),
     "int8_per_head": lambda: build(
         *MIXED, dtype="bfloat16", kv_dtype="int8", compute_dtype="bfloat16",
         k_scale=np.array([0.01, 0.02], np.float32), v_scale=np.array([0.05, 0.013], np.float32),
-    ),  # fmt: skip
+    ),
     "int8_f32": lambda: build(*MIXED, kv_dtype="int8", k_scale=0.01, v_scale=0.02, sinks=True, sliding_window=7),
     # ------------------------------------------------ sizes past a block
     "long_decode": lambda: build((1, 1), (1500, 777), Shape(page=16, pages_per_seq=96, pages=160)),
@@ -199,9 +199,9 @@ CASES: dict[str, Callable[[], Case]] = {
         (200,), (600,), Shape(rows=208, page=8, pages_per_seq=80, pages=90), sliding_window=33
     ),
     "positions_past_int16": lambda: build(
-        (2, 1), (33000, 40), Shape(rows=4, seqs=2, page=128, pages_per_seq=260, pages=270, head_dim=8), sliding_window=50
+        (2, 1), (33000, 40), Shape(4, 2, pages_per_seq=260, pages=270, page=128, head_dim=8), sliding_window=50
     ),
-}  # fmt: skip
+}
 
 # A program each, whose options the others cover between them: left to the long run.
 SLOW = frozenset({

@@ -139,12 +139,12 @@ def gpu_cells() -> list[Cell]:
 
 def growth(model: str, layer: str, contexts, batches, pages, context: int, batch: int) -> list[Cell]:
     """Three curves around one point: the cost must follow live tokens, and hardly the page size."""
-    points = [("context", batch, n, 16) for n in contexts] + [("batch", b, context, 16) for b in batches]
-    points += [("page size", batch, context, page) for page in pages]
+    points = [("context", (batch, n, 16)) for n in contexts] + [("batch", (b, context, 16)) for b in batches]
+    points += [("page size", (batch, context, page)) for page in pages]
     families: dict[tuple[int, int, int], tuple[str, ...]] = {}
-    for family, *point in points:
-        families[tuple(point)] = (*families.get(tuple(point), ()), family)
-    return [decode(model, layer, *point, families=names) for point, names in families.items()]
+    for family, point in points:
+        families[point] = (*families.get(point, ()), family)
+    return [decode(model, layer, b, n, page, families=names) for (b, n, page), names in families.items()]
 
 
 def cells_for(platform: str) -> list[Cell]:
