@@ -62,15 +62,8 @@ def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Sha
     tokens = max(-(-shape.tokens // 8) * 8, prefill.M)
     q = jnp.pad(inputs.queries, ((0, tokens - shape.tokens), (0, 0), (0, 0)))
     padded, sinks = dataclasses.replace(shape, tokens=tokens), inputs.softmax_aux
-    args = (
-        q,
-        inputs.kv_pages,
-        inputs.block_tables,
-        work.count,
-        work.tiles,
-        plan.fills(own, shape.tokens),
-        sinks,
-    )
+    fills = plan.fills(own, shape.tokens)
+    args = (q, inputs.kv_pages, inputs.block_tables, work.count, work.tiles, fills, sinks)
     if todo.decode is None:
         output, lse = prefill.attend(*args, padded, todo.prefill, signature.return_lse)
     else:
@@ -78,9 +71,13 @@ def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Sha
         units = plan.live_units(rows, shape, todo.decode)
         first = jnp.minimum(own.start, shape.tokens - 1)
         singles = (grouped(inputs.queries[first], shape), units.fields)
-        output, lse, parts = mixed.attend(
-            *args, *singles, padded, todo.prefill, todo.decode, signature.return_lse
-        )
+        if todo.fused:
+            both = (padded, todo.prefill, todo.decode)
+            output, lse, parts = mixed.attend(*args, *singles, *both, signature.return_lse)
+        else:
+            output, lse = prefill.attend(*args, padded, todo.prefill, signature.return_lse)
+            pages, tables = inputs.kv_pages, inputs.block_tables
+            parts = decode.partials(singles[0], pages, tables, units.fields, shape, todo.decode)
     output = output[: shape.tokens].astype(signature.q_dtype)
     if lse is not None:
         owner = plan.decode_rows(own, shape.tokens)[3][:, None]
@@ -134,7 +131,7 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
 
 def claim(signature: Signature, device: Device) -> dict:
     """Operands as stored, weights rounded once; tanh and exp2 are the hardware's approximations."""
-    exact = numerics.claim(signature, device, 8)
+    exact = numerics.claim(signature, device, 32)  # blocks of 64 keys at least, and the joins of splits
     dots = numerics.ROUNDOFF[signature.kv_dtype]
     return exact | {
         "u_in": 0.0,

@@ -108,8 +108,20 @@ def prefill_tiles(own: Owners, shape: Shape, tiling: prefill.Tiling, shortest: i
     fields = jnp.stack([token8, jnp.maximum(begin, 0), jnp.minimum(end, tokens), position, sequence])
     if s > 1 and (shape.window is None or shape.window > 16 * tiling.block):
         keys = jnp.where(tile[:, 0] < total, -(position + end), 2**30)
-        fields = fields[:, jnp.argsort(keys, stable=True)]
+        fields = sorted_by(keys, fields)
     return Tiles(total[None].astype(jnp.int32), fields.astype(jnp.int32))
+
+
+def sorted_by(keys, fields):
+    """The columns of `fields` in ascending order of `keys`, equal ones in place."""
+    n = keys.shape[0]
+    if n > 2048:
+        return fields[:, jnp.argsort(keys, stable=True)]
+    # Counting is two small kernels; a sort is several.
+    index = jnp.arange(n)
+    tie = (keys[None, :] == keys[:, None]) & (index[None, :] < index[:, None])
+    rank = jnp.sum((keys[None, :] < keys[:, None]) | tie, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(rank[None, None, :] == index[None, :, None], fields[:, None, :], 0), axis=2)
 
 
 def fills(own: Owners, rows: int):

@@ -22,6 +22,7 @@ class Program(NamedTuple):
 
     decode: decode.Tiling | None
     prefill: prefill.Tiling | None
+    fused: bool = False  # both in one launch
 
 
 def shape_of(signature: Signature) -> Shape:
@@ -45,6 +46,8 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
     shape = shape_of(signature)
     tokens, sequences = signature.num_tokens, signature.max_seqs
     ctas = config.option("ctas", 2 if interpreted else SMS)
+    if shape.head_dim % 64:  # decode's second product has the head size as its rows, which wgmma takes by 64
+        return Program(None, prefill_tiling(shape, sequences, config, ctas, 1, interpreted))
     if tokens <= 4 * sequences:
         return Program(decode_tiling(shape, tokens, config, ctas), None)
     if tokens >= LONG * sequences:
@@ -53,7 +56,7 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
 
 
 def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
-    workers = config.option("workers", 2 if shape.head_dim <= 128 else 1)
+    workers = config.option("workers", 3 if shape.head_dim <= 128 else 1)
     block = config.option("decode_block", 64)
     slot = 2 * block * shape.head_dim * jnp.dtype(shape.dtype).itemsize
     small = (
@@ -100,7 +103,13 @@ def prefill_tiling(
 def mixed_program(
     shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
 ) -> Program:
-    """Both roles in one CTA: smaller prefill blocks, one decode worker, registers split between them."""
+    """Both roles in one CTA: smaller prefill blocks, one decode worker, registers split between them.
+
+    Head sizes past 192 do not leave room for both rings: there the two kernels run one after the other.
+    """
+    if shape.head_dim > 192:
+        whole = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
+        return Program(decode_tiling(shape, sequences, config, ctas), whole)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
     block = config.option("mixed_block", 64)
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
@@ -115,4 +124,6 @@ def mixed_program(
     chunk = max(config.option("mixed_chunk", 4096), -(-span // (64 * 64)) * 64)
     free = SMEM - RESERVED - (2 * prefill.M + 2 * tiling.stages * block) * size - 4096
     stages = max(1, min(8, free // (2 * 64 * size)))
-    return Program(decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas), tiling)
+    return Program(
+        decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas), tiling, fused=True
+    )
