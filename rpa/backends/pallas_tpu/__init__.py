@@ -30,11 +30,11 @@ def supports(signature: Signature, device: Device) -> str | None:
 
 
 def claim(signature: Signature, device: Device) -> dict[str, Any]:
-    """The default claim; decode folds whole blocks, whose smallest is one page.
+    """The default claim; blocks lie on a fixed grid, and the smallest a config can ask for is one page.
 
     A TPU has no f16 matrix unit: compute_dtype float16 keeps the operands f32, within what float16 would claim.
     """
-    return numerics.claim(signature, device, block=1)
+    return numerics.claim(signature, device, block=signature.page_size)
 
 
 BACKEND = Implementation("pallas_tpu", run, supports, chips.heuristic, chips.candidates, claim)
