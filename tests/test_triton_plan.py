@@ -13,8 +13,8 @@ from rpa.signature import Signature
 
 H200 = Device("gpu", "NVIDIA H200", (9, 0))
 CHIPS = (
-    H200, Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "NVIDIA L4", (8, 9)), Device("gpu", "NVIDIA B200", (10, 0)),
-    Device("gpu", "AMD Instinct MI300X"),
+    H200, Device("gpu", "NVIDIA A100", (8, 0)), Device("gpu", "NVIDIA L4", (8, 9)),
+    Device("gpu", "NVIDIA B200", (10, 0)), Device("gpu", "AMD Instinct MI300X"),
 )  # fmt: skip
 
 
@@ -34,7 +34,8 @@ SIGNATURES = {
     "window": signature(num_tokens=999, head_dim=64, sliding_window=128), "d1": signature(head_dim=1),
     "float32": signature(num_tokens=99, q_dtype="float32", kv_dtype="float32", compute_dtype="float32"),
     "mqa_128": signature(num_q_heads=128, num_kv_heads=1), "group_7": signature(num_q_heads=56),
-    "one_token": signature(num_tokens=1, max_seqs=1, pages_per_seq=1), "page_1": signature(page_size=1, pages_per_seq=9),
+    "one_token": signature(num_tokens=1, max_seqs=1, pages_per_seq=1),
+    "page_1": signature(page_size=1, pages_per_seq=9),
 }  # fmt: skip
 
 
