@@ -25,6 +25,7 @@ from oracle import Case, attend
 TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
 # A distance of 0 is the same errors, of 1 no likeness at all; past this nothing is named.
 LIKENESS = 0.9
+CANDIDATES = 20
 # Failures that name their own family.
 _BY_KIND = {
     "determinism": ("nondeterministic", "hygiene"),
@@ -59,12 +60,14 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     """The best explanation of a failure, by the target's answers to a few failing plans."""
     if judgement.kind in _BY_KIND:
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
-    # Where NaN was read, the second fill shows how much was read, and from where.
-    cases = [build(plan, fill) for plan in plans for fill in ("nan", "huge")]
-    evidence = [e for e in (_evidence(case, target) for case in cases) if e is not None]
+    evidence = _gathered(plans, target)
     if not evidence:
         return UNKNOWN
-    ranked = sorted(((_distance(m, evidence), m) for m in MUTANTS if _numeric(m)), key=lambda pair: pair[0])
+    # The last is the largest case: what is unlike there is not tried on the rest.
+    likely = sorted((m for m in MUTANTS if _numeric(m)), key=lambda m: _distance(m, evidence[-1:]))[
+        :CANDIDATES
+    ]
+    ranked = sorted(((_distance(m, evidence), m) for m in likely), key=lambda pair: pair[0])
     best, mutant = ranked[0]
     if best > LIKENESS:
         return dataclasses.replace(UNKNOWN, distance=best)
@@ -90,6 +93,21 @@ class _Evidence:
     expected: np.ndarray  # f64
     error: np.ndarray  # f64, what the target got wrong
     broken: np.ndarray  # bool, where it is not finite
+
+
+def _gathered(plans: Sequence[Plan], target: Target) -> list[_Evidence]:
+    """The target's answers to the plans, and to the last one's layout with other data.
+
+    Where NaN was read, the second fill shows how much was read, and from where.
+    """
+    near = [plans[-1].replace(seed=plans[-1].seed + more, check="plain") for more in (1, 2)]
+    found = []
+    for plan in [*near, *plans]:
+        first = _evidence(build(plan), target)
+        found.append(first)
+        if first is not None and first.broken.any():
+            found.append(_evidence(build(plan, "huge"), target))
+    return [evidence for evidence in found if evidence is not None]
 
 
 def _evidence(case: Case, target: Target) -> _Evidence | None:

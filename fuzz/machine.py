@@ -203,9 +203,8 @@ class CacheMachine(RuleBasedStateMachine):
         contexts[: len(rows)] = [len(stream) for stream in self.streams]
         queries = np.full((TOKENS, KV_HEADS * GROUP, HEAD_DIM), np.nan, np.float32)
         queries[: sum(rows)] = self.chance.standard_normal((sum(rows), KV_HEADS * GROUP, HEAD_DIM))
-        return Case(
-            queries, np.array(cache), contexts, tables, starts, len(rows), sliding_window=self.window, compute_dtype="float32"
-        )  # fmt: skip
+        return Case(queries, np.array(cache), contexts, tables, starts, len(rows), sliding_window=self.window,
+                    compute_dtype="float32")  # fmt: skip
 
 
 def machine_for(target: Target, window: int | None = None) -> type[CacheMachine]:

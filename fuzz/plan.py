@@ -191,7 +191,8 @@ def shape_of(choice: dict[str, Any], jitter: int = 0) -> Shape:
 
 
 def _window(kind: str, page: int, capacity: int, jitter: int) -> int | None:
-    return {"none": None, "one": 1, "few": 2 + jitter % 5, "page": max(2, page), "wide": 17 + 16 * (jitter % 3 if capacity > 60 else 0),
+    wide = 17 + 16 * (jitter % 3 if capacity > 60 else 0)
+    return {"none": None, "one": 1, "few": 2 + jitter % 5, "page": max(2, page), "wide": wide,
             "over": capacity + jitter % 2}[kind]  # fmt: skip
 
 

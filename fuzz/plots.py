@@ -49,8 +49,9 @@ def matrix(seen: set[Pair], cell: int = 10) -> str:
                 continue
             kind = "hit" if (a, b) in seen else "miss" if (a, b) in valid else "void"
             words = {"hit": "tried", "miss": "not tried", "void": "impossible"}[kind]
+            at = f'x="{left + place[a]}" y="{top + place[b]}" width="{cell - 1}" height="{cell - 1}"'
             parts.append(
-                f'<rect class="{kind}" x="{left + place[a]}" y="{top + place[b]}" width="{cell - 1}" height="{cell - 1}">'
+                f'<rect class="{kind}" {at}>'
                 f"<title>{escape(f'{a[0]} {name(a[1])} with {b[0]} {name(b[1])}: {words}')}</title></rect>"
             )
     return _svg(left + position, top + position + 4, parts, "matrix")

@@ -30,6 +30,7 @@ BACKENDS = {
 ADAPTERS = {
     "model": "fuzz.mutants.model:kernel",
     "ejkernel": "fuzz.adapters.ejkernel:attention",
+    "ejkernel_finite": "fuzz.adapters.ejkernel:finite",
     "jax_upstream": "fuzz.adapters.jax_upstream:attention",
     "jax_reference": "fuzz.adapters.jax_upstream:reference",
     "tpu_inference": "fuzz.adapters.tpu_inference:attention",
@@ -58,7 +59,8 @@ class Target:
     """A kernel under judgement.
 
     `call` has the signature of `ragged_page_attention_v2`; `claim` and `supports` are functions of the case.
-    `batch_invariant` and `deterministic` are what the kernel promises about its bits; `validates` says that it
+    `finite_slots` declares a gap: what lies in slots that no row may see has to be finite. `batch_invariant` and
+    `deterministic` are what the kernel promises about its bits; `validates` says that it
     rejects illegal arguments as the contract demands. `ran` names the backend that answered a case, or is None
     where the question has no meaning.
     """
@@ -73,6 +75,7 @@ class Target:
     ran: Callable[[Case], str] | None = None
     expects: str | None = None
     jax_arrays: bool = False
+    finite_slots: bool = False
     accepts: frozenset[str] = field(default_factory=frozenset)
 
     def gap(self, case: Case) -> str | None:
@@ -196,6 +199,7 @@ def from_callable(function: Any, name: str) -> Target:
         ran=getattr(function, "ran", None),
         expects=getattr(function, "expects", None),
         jax_arrays=bool(getattr(function, "jax_arrays", False)),
+        finite_slots=bool(getattr(function, "finite_slots", False)),
         accepts=_accepted(function),
     )
 

@@ -54,7 +54,7 @@ class State:
 
 
 def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: str, reduce: bool) -> None:
-    """Answer tasks until there are none: `("ready", …)`, then for each chunk `("begin", plan)`, `("end", …)`, `("done", …)`."""
+    """Judge chunks until there are none, and tell: `ready`, then `begin`, `end`, `failure`, `gap` and `done`."""
     state = State(pipe, load(name), seed, share, Path(out), reduce)
     _keep_compilations(Path(out))
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
@@ -133,16 +133,16 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
               "seconds": time.monotonic() - began, "compiled": state.compiled}  # fmt: skip
     pipe.send(("end", plan, report))
-    if judgement.bad and state.reduce and len(state.reduced) < REDUCTIONS:
-        if sum(same_symptom(judgement, known) for known in state.reduced) < 2:
-            state.reduced.append(judgement)
-            pipe.send(("failure", reduce(state, plan, judgement)))
+    if judgement.bad and state.reduce and _is_news(state, judgement):
+        state.reduced.append(judgement)
+        pipe.send(("failure", left_behind(plan, state.target, judgement, state.out)))
     return judgement
 
 
-def reduce(state: State, plan: Plan, judgement: Judgement) -> dict[str, Any]:
-    """Shrink and explain a failure, and write its folder."""
-    return left_behind(plan, state.target, judgement, state.out)
+def _is_news(state: State, judgement: Judgement) -> bool:
+    """Whether a failure is worth the seconds of shrinking it: two of a symptom are, the third is only counted."""
+    alike = sum(same_symptom(judgement, known) for known in state.reduced)
+    return alike < 2 and len(state.reduced) < REDUCTIONS
 
 
 def left_behind(plan: Plan, target: Target, judgement: Judgement, out: Path) -> dict[str, Any]:

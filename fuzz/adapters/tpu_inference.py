@@ -1,4 +1,4 @@
-"""tpu-inference's v3 kernel: it writes the new tokens into its cache itself, packs heads by 32-bit words, pads D to 128."""
+"""tpu-inference's v3 kernel: it writes new tokens into its cache itself, packs heads by 32 bits, pads D to 128."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def attention(
     new = new.at[: len(rows)].set(kv[tables[rows, position // page], position % page])
     scale = dim**-0.5 if options["softmax_scale"] is None else options["softmax_scale"]
     output, _ = ragged_paged_attention(
-        q, new[:, 0::2], new[:, 1::2], cache, lens, tables.reshape(-1), starts, jnp.array([0, 0, count], jnp.int32), sinks,
+        q, new[:, 0::2], new[:, 1::2], cache, lens, tables.reshape(-1), starts,
+        jnp.array([0, 0, count], jnp.int32), sinks,
         sm_scale=scale, sliding_window=options["sliding_window"], soft_cap=options["logits_soft_cap"],
     )  # fmt: skip
     return output

@@ -58,12 +58,13 @@ def _flash(
         ).cuda()
         return wide.to(getattr(torch, str(a.dtype))) if a.dtype.kind in "fV" else wide
 
-    rows, keys = int(np.diff(starts).max(initial=1)), int(lens.max(initial=1))
-    return flash_attn_varlen_func(
-        cuda(q), cuda(k), cuda(v), max_seqlen_q=rows, cu_seqlens_q=cuda(starts), max_seqlen_k=keys, seqused_k=cuda(lens),
-        block_table=cuda(tables), softmax_scale=scale, causal=True, window_size=(window, 0 if window >= 0 else -1),
-        softcap=cap, s_aux=None if sinks is None else cuda(sinks),
-    ).float().cpu().numpy()  # fmt: skip
+    rows, longest = int(np.diff(starts).max(initial=1)), int(lens.max(initial=1))
+    output = flash_attn_varlen_func(
+        cuda(q), cuda(k), cuda(v), max_seqlen_q=rows, cu_seqlens_q=cuda(starts), max_seqlen_k=longest,
+        seqused_k=cuda(lens), block_table=cuda(tables), softmax_scale=scale, causal=True, softcap=cap,
+        window_size=(window, 0 if window >= 0 else -1), s_aux=None if sinks is None else cuda(sinks),
+    )  # fmt: skip
+    return output.float().cpu().numpy()
 
 
 def _gap(case: Any) -> str | None:

@@ -53,7 +53,15 @@ def show(
     with Progress(console=console) as progress:
         kills = list(_each(progress, "mutants", chosen, lambda m: score.kill(m, seed, cases)))
         kills += _each(progress, "source patches", patches, lambda p: score.kill_patch(p, seed))
-        usuals = {u.name: score.usual_score(u, seed) for u in _each(progress, "usual judges", score.USUAL if usual else (), lambda u: u)}  # fmt: skip
+        judges = list(
+            _each(
+                progress,
+                "usual judges",
+                score.USUAL if usual else (),
+                lambda u: (u.name, score.usual_score(u, seed)),
+            )
+        )
+        usuals = dict(judges)
         waiting = progress.add_task("the right kernel", total=None)
         accused = score.false_alarms(seed, alarms) if alarms else []
         progress.update(waiting, total=1, completed=1)

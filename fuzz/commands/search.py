@@ -121,7 +121,8 @@ def _progress(settings: Any, console: Any) -> Any:
 
     @contextmanager
     def shown() -> Any:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())  # fmt: skip
+        words = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}")
+        columns = (SpinnerColumn(), *words, TimeElapsedColumn())
         with Progress(*columns, console=console, refresh_per_second=4) as progress:
             total = settings.max_examples or settings.budget
             task = progress.add_task(settings.target, total=total, told="starting")

@@ -1,0 +1,291 @@
+"""A campaign from the outside: exit codes, what it writes, and that nothing kills it for good."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fuzz import corpus, ledger
+from fuzz.campaign import Campaign, Settings, read_record
+from fuzz.mutants import score
+from fuzz.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+KERNELS = """
+import os, time
+from fuzz.mutants.model import kernel
+calls = 0
+def right(*arrays, **options):
+    return kernel(*arrays, **options)
+def crashes(*arrays, **options):
+    global calls
+    calls += 1
+    if calls > 20:
+        os.abort()
+    return kernel(*arrays, **options)
+def hangs(*arrays, **options):
+    time.sleep(1000)
+def refuses(*arrays, **options):
+    raise NotImplementedError("not today")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(KERNELS)
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from fuzz.commands.search import app; app()", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def rpa_fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_right_kernel_passes_and_leaves_a_report(folder: Path) -> None:
+    done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "60", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    whole = json.loads((folder / "out/summary.json").read_text())
+    assert (whole["status"], whole["verified"] + whole["vacuous"], whole["failed"]) == ("pass", 60, 0)
+    assert 0 < whole["worst_ratio"]["own:right"] <= 1
+    assert whole["exact_cases"] >= 6
+    assert {"report.md", "report.html", "record.jsonl"} <= {p.name for p in (folder / "out").iterdir()}
+    # The budget counts what the record holds: nothing is left to do.
+    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "60", "--out", "out")
+    assert again.returncode == 0
+    assert read_record(folder / "out").cases == 60
+
+
+def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:
+    done = rpa_fuzz(folder, "run", "--target", "mutant:window_wide", "--max-examples", "15", "--out", "out")
+    assert done.returncode == 1, done.stderr
+    assert "behaves like window_wide" in done.stderr
+    (found,) = (folder / "out/failures").iterdir()
+    assert {p.name for p in found.iterdir()} == {"case.npz", "reproduce.py"}
+    assert (
+        json.loads((folder / "out/corpus.jsonl").read_text().splitlines()[0])["target"]
+        == "mutant:window_wide"
+    )
+    replayed = rpa_fuzz(folder, "replay", str(found))
+    assert replayed.returncode == 1, replayed.stderr
+    assert "beyond HARD" in replayed.stderr.replace("\n", " ")
+    assert rpa_fuzz(folder, "replay", str(found), "--target", "model").returncode == 0
+    assert rpa_fuzz(folder, "report", "out").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "--target", "nobody", "--max-examples", "5"), 2, "is unknown"),
+        (("run", "--target", "own:right", "--budget", "soon"), 2, "is no time"),
+        (("run", "--target", "own:refuses", "--max-examples", "5"), 3, "not today"),
+        (
+            ("run", "--target", "own:right", "--max-examples", "5", "--share", "redis://127.0.0.1:1"),
+            4,
+            "no Redis answers",
+        ),
+        (("replay", "no-such-file"), 2, "does not exist"),
+        (("report", "no-such-folder"), 2, "no finished campaign"),
+    ],
+)
+def test_exit_codes_are_the_contracts(
+    folder: Path, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = rpa_fuzz(folder, *arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+
+
+def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Path) -> None:
+    done = rpa_fuzz(
+        folder,
+        "run",
+        "--target",
+        "own:crashes",
+        "--max-examples",
+        "40",
+        "--max-failures",
+        "1",
+        "--out",
+        "out",
+    )
+    assert done.returncode == 1, done.stderr
+    (found,) = read_record(folder / "out").failures.values()
+    assert found["kind"] == "crash"
+    assert "SIGABRT" in found["text"]
+    assert (folder / "out/failures" / found["id"] / "case.npz").exists()
+
+
+def test_a_kernel_that_hangs_is_a_failure_after_the_case_timeout(folder: Path) -> None:
+    done = rpa_fuzz(folder, "run", "--target", "own:hangs", "--max-examples", "5", "--case-timeout", "3", "--max-failures", "1",
+                    "--out", "out")  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (found,) = read_record(folder / "out").failures.values()
+    assert (found["kind"], found["text"].split(" no")[0]) == ("timeout", "timeout:")
+
+
+def test_a_killed_campaign_goes_on_where_it_was_and_repeats_nothing(folder: Path) -> None:
+    arguments = ("run", "--target", "own:right", "--max-examples", "150", "--out", "out")
+    first = subprocess.Popen(command(*arguments), cwd=folder, env=environment(), stderr=subprocess.DEVNULL)
+    record = folder / "out/record.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (
+        not record.exists() or record.read_text().count('"line":"case"') < 30
+    ):
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = read_record(folder / "out").cases
+    assert 30 <= before < 150
+    with open(record, "a") as stream:
+        stream.write('{"line":"case","plan":"cut sho')  # what a kill in the middle of a write leaves
+    done = rpa_fuzz(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in corpus.read_lines(record) if line["line"] == "case"]
+    assert len(lines) == 150
+    assert json.loads((folder / "out/summary.json").read_text())["sessions"] == 2
+    # Hypothesis begins each stream with its plainest draws, so a few plans may coincide; the streams do not.
+    assert len({line["plan"] for line in lines}) >= 140
+
+
+def test_workers_draw_from_disjoint_shapes(tmp_path: Path) -> None:
+    tally = run(tmp_path, max_examples=80, workers=2)
+    shapes: dict[int, set] = {}
+    for line in corpus.read_lines(tmp_path / "record.jsonl"):
+        if line["line"] == "case":
+            shapes.setdefault(line["worker"], set()).add(Plan.from_json(line["plan"]).shape)
+    assert tally.cases == 80
+    assert len(shapes) == 2
+    assert not shapes[0] & shapes[1]
+
+
+def run(out: Path, **changes):
+    campaign = Campaign(Settings("model", out, **{"max_examples": 40, "seed": 1, **changes}))
+    assert campaign.run() in ("pass", "fail")
+    return campaign.tally
+
+
+# ---------------------------------------------------------------- waivers
+
+WAIVER = """
+[[waiver]]
+target = "mutant:window_wide"
+kind = "{kind}"
+reason = "known"
+link = "issue 7"
+expires = {expires}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expires", "code", "words"),
+    [
+        ("", "2999-01-01", 0, "failures waived"),
+        ("timeout", "2999-01-01", 1, "unexpectedly passes"),
+        ("", "2001-01-01", 1, "expired on 2001-01-01"),
+    ],
+)
+def test_a_waiver_excuses_expires_and_must_be_needed(
+    folder: Path, kind: str, expires: str, code: int, words: str
+) -> None:
+    (folder / "known.toml").write_text(WAIVER.format(kind=kind, expires=expires))
+    done = rpa_fuzz(folder, "run", "--target", "mutant:window_wide", "--max-examples", "12", "--waivers", "known.toml",
+                    "--out", "out")  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[[waiver]]\ntarget = "x"\nlink = "y"\nexpires = 2999-01-01\n', "waiver 1 has no reason"),
+        (WAIVER.format(kind="", expires="2999-01-01") + "colour = 3\n", "field 'colour'"),
+        (WAIVER.format(kind="", expires='"soon"'), "must be a date"),
+        (WAIVER.format(kind="", expires="2999-01-01") + "when = { page = 5 }\n", "when.page=5 is no feature"),
+    ],
+)
+def test_a_waiver_without_reason_link_or_date_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "w.toml").write_text(text)
+    with pytest.raises(ledger.WaiverError, match=words):
+        ledger.read(tmp_path / "w.toml")
+
+
+def test_a_crash_waiver_keeps_a_shared_case_from_being_launched() -> None:
+    plan = score.drawn(1, 3)[0]
+    waiver = ledger.Waiver(
+        "t", "known", "link", datetime.date(2999, 1, 1), when={"data": plan.data}, crash=True
+    )
+    book = ledger.Ledger([waiver], "t", datetime.date(2026, 1, 1))
+    assert book.forbids(plan) is waiver
+    assert book.complaints() == []
+
+
+# ---------------------------------------------------------------- corpus and sharing
+
+
+def test_a_minimised_corpus_covers_what_the_whole_did() -> None:
+    entries = [(plan, None) for plan in score.drawn(1, 60)] + [(score.drawn(2, 1)[0], "nan-identity")]
+    kept = corpus.minimised(entries)
+
+    def covered(some):
+        return set().union(*(corpus.pairs(corpus.features(plan)) for plan, _ in some)) & corpus.valid_pairs()
+
+    assert covered(kept) == covered(entries)
+    assert {finding for _, finding in kept} >= {"nan-identity"}
+    assert len(kept) < len(entries)
+
+
+def test_campaigns_share_plans_through_a_folder(tmp_path: Path) -> None:
+    share = str(tmp_path / "shared")
+    run(tmp_path / "one", share=share)
+    plans = corpus.fetch(corpus.open_store(share), "model")
+    assert plans
+    run(tmp_path / "two", share=share, seed=2)
+    judged = {
+        line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"
+    }
+    assert judged >= {plan.to_json() for plan in plans}
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path):
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server (Debian package redis-server)")
+    pytest.importorskip("redis", reason="needs the `redis` extra")
+    place = tmp_path / "redis.sock"
+    server = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", str(place), "--save", "", "--dir", str(tmp_path)],
+                              stdout=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 20
+    while not place.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield f"unix://{place}"
+    server.terminate()
+    server.wait()
+
+
+def test_two_machines_share_a_campaign_through_redis(tmp_path: Path, redis_url: str) -> None:
+    run(tmp_path / "one", share=redis_url)
+    shared = corpus.fetch(corpus.open_store(redis_url), "model")
+    assert shared
+    run(tmp_path / "two", share=redis_url, seed=9)
+    judged = {
+        line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"
+    }
+    assert judged >= {plan.to_json() for plan in shared}
