@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuzz.trace import BLOCK_TOKENS, MOONCAKE_CONVERSATION, Request, TraceError, read, scan
@@ -140,6 +140,7 @@ def test_reading_streams(tmp_path):
     assert next(requests).prompt == 700
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300))
 def test_no_text_does_anything_but_parse_or_raise_trace_error(tmp_path_factory, text):
     path = written(tmp_path_factory.getbasetemp(), text.encode("utf-8", "surrogatepass"), "any")
@@ -151,6 +152,7 @@ def test_no_text_does_anything_but_parse_or_raise_trace_error(tmp_path_factory, 
     assert lines == 1
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_cut_of_a_trace_parses_whole_lines_or_is_refused(tmp_path_factory, data):
     text = data.draw(st.sampled_from([MOONCAKE, AZURE]))
