@@ -40,7 +40,7 @@ class Slot:
     value: Implementation | None = None  # a registered kernel has no module
 
 
-# The order is the preference of platform="auto" among equal priorities.
+# The order is the preference of platform="auto" among equal priorities, but for `in_order`.
 SLOTS = (
     Slot("pallas_tpu", "pallas", ("tpu",), "rpa.backends.pallas_tpu"),
     Slot("pallas_gpu", "pallas", ("gpu",), "rpa.backends.pallas_gpu"),
@@ -110,10 +110,20 @@ def refusals(signature: Signature, device: Device) -> dict[str, str | None]:
     return {slot.name: why_not(slot, signature, device) for slot in exists()}
 
 
+def in_order(signature: Signature, device: Device) -> list[Slot]:
+    """The slots as `platform="auto"` tries them on a call of these static shapes.
+
+    With no more rows than sequences a batch decodes. There, on an H200, Triton's kernel took 0.42 to 0.97 of the
+    Mosaic one's time in all of 17 cells; in 6 of 7 prefill and mixed cells 1.14 to 2.1 times it (`rpa/tuned`).
+    """
+    decodes = device.platform == "gpu" and signature.num_tokens <= signature.max_seqs
+    return sorted(exists(), key=lambda slot: (-slot.priority, decodes and slot.name != "triton"))
+
+
 def able(platform: str, signature: Signature, device: Device) -> list[Slot]:
     """The slots of `platform` that can take the call, in order of preference, one a platform."""
     found: dict[str, Slot] = {}
-    for slot in exists():
+    for slot in in_order(signature, device):
         wanted = platform in ("auto", slot.platform) and slot.platform not in found
         if wanted and why_not(slot, signature, device) is None:
             found[slot.platform] = slot
@@ -126,7 +136,7 @@ def resolve(platform: str, signature: Signature, device: Device) -> tuple[Implem
     Raises:
         ValueError: no backend of that platform can take the call; the text gives every backend's reason.
     """
-    wanted = [slot for slot in exists() if platform in ("auto", slot.platform)]
+    wanted = [slot for slot in in_order(signature, device) if platform in ("auto", slot.platform)]
     reasons, nearly = {}, {}
     for slot in wanted:
         reason = why_not(slot, signature, device)

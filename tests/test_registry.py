@@ -22,10 +22,12 @@ from rpa import (
     ragged_page_attention_v2,
     registered,
     registry,
+    select,
 )
 from rpa.device import Device
 
 ALGORITHM = "ragged_page_attention_v2"
+_XLA = registry.load("xla")
 H200, V6E, CPU = Device("gpu", "NVIDIA H200", (9, 0)), Device("tpu", "TPU v6 lite"), Device("cpu", "cpu")
 
 
@@ -253,16 +255,41 @@ def test_when_nobody_can_the_refusal_says_none(add):
 def test_detection_takes_what_can_run_on_the_device(platform, monkeypatch):
     assert detect_platform(ALGORITHM, platform) == Platform.XLA
     assert detect_platform() == Platform.XLA
-    everyone = {"tpu": "pallas", "gpu": "pallas", "cpu": "xla"}
+    everyone = {"tpu": "pallas", "gpu": "triton", "cpu": "xla"}
     takes_all = replace(registry.load("xla"), supports=lambda signature, device: None)
     monkeypatch.setattr(registry, "load", lambda name: takes_all)
     monkeypatch.setattr(registry, "_has_module", lambda module: True)
     for device in (H200, V6E, CPU):
         monkeypatch.setattr(registered, "current", lambda device=device: device)
         assert detect_platform(ALGORITHM, platform) == everyone[device.platform]
-    monkeypatch.setattr(registry, "_has_module", lambda module: "pallas_gpu" not in module)
+    monkeypatch.setattr(registry, "_has_module", lambda module: "triton" not in module)
     monkeypatch.setattr(registered, "current", lambda: H200)
-    assert detect_platform(ALGORITHM, platform) == Platform.TRITON
+    assert detect_platform(ALGORITHM, platform) == Platform.PALLAS
+
+
+def test_auto_takes_the_kernel_that_measured_faster_for_the_shapes(monkeypatch):
+    monkeypatch.setattr(registry, "load", lambda name: replace(_XLA, name=name, supports=lambda *_: None))
+    monkeypatch.setattr(registry, "_has_module", lambda module: True)
+    decode, prefill = registry.TYPICAL, replace(registry.TYPICAL, num_tokens=512)
+    assert registry.resolve("auto", decode, H200)[0].name == "triton"
+    assert registry.resolve("auto", prefill, H200)[0].name == "pallas_gpu"
+    assert [slot.name for slot in registry.able("auto", decode, H200)] == ["triton", "pallas_gpu", "xla"]
+    assert registry.resolve("auto", decode, V6E)[0].name == "pallas_tpu"
+    assert registry.resolve("auto", prefill, CPU)[0].name == "xla"
+
+
+def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
+    monkeypatch.setattr(registry, "load", lambda name: replace(_XLA, name=name, supports=lambda *_: None))
+    monkeypatch.setattr(registry, "_has_module", lambda module: True)
+    decode = replace(registry.TYPICAL, num_tokens=64, max_seqs=64, pages_per_seq=512)
+    choice = select.choose(decode, H200, "auto", None)
+    assert (choice.source, choice.implementation.name, choice.config.platform) == (
+        "shipped",
+        "triton",
+        "triton",
+    )
+    assert "us" in choice.reason
+    assert select.choose(decode, Device("gpu", "NVIDIA A100", (8, 0)), "auto", None).source == "heuristic"
 
 
 def test_detection_of_a_platform_without_kernel_is_an_error():
