@@ -8,6 +8,8 @@ import pytest
 
 # Before jax is imported: a CUDA plugin or libtpu without its device would warn, and warnings are errors here.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The oracle's products are small: BLAS threads would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
