@@ -3,9 +3,10 @@
 A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd): one consumer
 warpgroup for each 64 rows, both on the same keys. Tiles start at multiples of 8 rows, as TMA into a swizzled tile
 asks; rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of their size in the
-cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles. Blocks
-are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the whole ones
-follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other multiplies.
+cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles.
+Blocks are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the
+whole ones follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other
+multiplies.
 """
 
 from __future__ import annotations

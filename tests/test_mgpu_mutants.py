@@ -1,0 +1,36 @@
+"""Source mutants of the Hopper kernel: each must be caught by a proof that needs no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fuzz.mutants import patched
+
+ROOT = Path(__file__).parents[1]
+# The proof that shows each bug.
+CAUGHT_BY = {
+    "tile_position": "tiles", "astray_ignored": "rows", "split_floor": "units", "fill_after": "rows",
+    "no_lse": "combine", "sink_every_split": "combine", "overlapping_sequences": "rows", "causal_plus1": "prefill",
+    "window_wide": "prefill_edges", "v_not_sanitised": "prefill", "acc_not_rescaled": "decode",
+    "kv_swapped": "decode", "wait_removed": "decode", "sink_head0": "prefill_edges", "page_not_clamped": "invalid",
+}  # fmt: skip
+FAST = ("sink_every_split", "split_floor")
+RUN = "import runpy, sys; sys.path.insert(0, {tests!r}); runpy.run_path({proofs!r}, run_name='__main__')"
+
+
+def patches() -> list:
+    """Every patch of this kernel; a process each, so all but two are slow."""
+    names = [p.id.removeprefix("pallas_gpu_") for p in patched.found().values() if p.kernel == "pallas_gpu"]
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in names]
+
+
+@pytest.mark.parametrize("name", patches())
+def test_a_bug_in_the_source_is_caught(name):
+    code = RUN.format(tests=str(ROOT / "tests"), proofs=str(ROOT / "tests" / "mgpu_proofs.py"))
+    with patched.applied(patched.found()[f"pallas_gpu_{name}"]) as tree:
+        done = patched.run_python(tree, code, CAUGHT_BY[name], timeout=500)
+    assert done.returncode != 0, f"{name} passed the proof {CAUGHT_BY[name]!r}"
+    assert "holds:" not in done.stdout
+    assert "ModuleNotFoundError" not in done.stderr, done.stderr[-2000:]

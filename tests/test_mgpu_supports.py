@@ -1,0 +1,82 @@
+"""What the Hopper kernel refuses, in words that say what to do, and what its tile shapes depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from rpa.backends import pallas_gpu
+from rpa.backends.pallas_gpu.program import SMEM, program
+from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
+from rpa.signature import Signature
+
+H200 = Device("gpu", "NVIDIA H200", (9, 0))
+CALL = Signature(
+    num_tokens=64, num_q_heads=32, head_dim=128, num_pages=1000, page_size=16, num_kv_heads=8, max_seqs=64,
+    pages_per_seq=512, q_dtype="bfloat16", kv_dtype="bfloat16", compute_dtype="bfloat16", sinks=False, k_scale=False,
+    v_scale=False, return_lse=False, optimized=False, softmax_scale=128**-0.5, logits_soft_cap=None,
+    sliding_window=None, vmem_limit_bytes=None,
+)  # fmt: skip
+REFUSED = [
+    ({"kv_dtype": "float8_e4m3fn"}, "kv_pages of float8_e4m3fn"),
+    ({"q_dtype": "float32", "kv_dtype": "float32", "compute_dtype": "float32"}, "kv_pages of float32"),
+    ({"q_dtype": "float16"}, "queries of float16 on pages of bfloat16"),
+    ({"compute_dtype": "float32"}, "compute_dtype=float32"),
+    ({"k_scale": True}, "k_scale"),
+    ({"head_dim": 100}, "head_dim=100"),
+    ({"head_dim": 512}, "head_dim=512"),
+    ({"page_size": 4}, "page size 4"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_refusal_names_the_argument_and_its_value(changes, reason):
+    assert reason in (pallas_gpu.supports(dataclasses.replace(CALL, **changes), H200) or "")
+
+
+def test_another_capability_is_told_which_backend_serves_it():
+    assert "platform='triton'" in (pallas_gpu.supports(CALL, Device("gpu", "NVIDIA A100", (8, 0))) or "")
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("page", [8, 16, 48, 256])
+def test_the_shapes_it_is_for_are_taken(dim, dtype, page):
+    call = dataclasses.replace(
+        CALL, head_dim=dim, page_size=page, q_dtype=dtype, kv_dtype=dtype, compute_dtype=dtype
+    )
+    assert pallas_gpu.supports(call, H200) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 300, 1024, 8192])
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("window", [None, 128, 4096])
+def test_every_ring_fits_shared_memory(tokens, dim, window):
+    """K, V, queries and staged outputs of the chosen tile shapes; what Mosaic adds is in the AOT test."""
+    call = dataclasses.replace(CALL, num_tokens=tokens, head_dim=dim, sliding_window=window)
+    todo = program(call, RaggedPageAttentionv2Config(), interpreted=False)
+    ring = 0
+    if todo.prefill is not None:
+        ring = (
+            2
+            * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1))
+            * dim
+        )
+    if todo.decode is not None:
+        assert todo.decode.stages >= 1
+        assert todo.decode.chunk % todo.decode.block == 0
+        assert todo.decode.splits <= 64
+        worker = 4 * todo.decode.stages * todo.decode.block * dim
+        ring = ring + worker if todo.fused else max(ring, worker * todo.decode.workers)
+    assert ring < SMEM
+
+
+def test_tile_shapes_depend_on_static_shapes_and_config_alone():
+    config = RaggedPageAttentionv2Config(options=(("workers", 2),))
+    assert program(CALL, config, False) == program(CALL, config, False)
+    assert program(CALL, config, False).decode.workers == 2
+    assert program(CALL, RaggedPageAttentionv2Config(num_kv_splits=4), False).decode.splits == 4
+    long = dataclasses.replace(CALL, num_tokens=8192, max_seqs=1)
+    assert program(long, RaggedPageAttentionv2Config(num_stages=3), False).prefill.stages == 3
