@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rpa import api, registry, select
+from rpa import api, registry, select, shard
 from rpa import device as devices
 from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
@@ -46,10 +46,15 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     arrays = tuple(_stand_in(given[name]) for name in _ARRAYS)
     options = tuple(given[name] for name in _OPTIONS)
     inputs, signature = api.prepare(arrays, options, given["validate"])
-    device = devices.current(inputs.queries)
+    device, sharding = devices.current(inputs.queries), "none"
+    if any(given[name] is not None for name in ("mesh", "in_specs", "out_specs")):
+        signature, device, plan = shard.share_of(inputs, signature, given["mesh"], given["in_specs"])
+        sharding = plan.label(given["mesh"])
     platform = rules.platform_of(given["platform"])
     api.check_config(given["cfg"])
-    choice = select.choose(signature, device, platform, given["cfg"], inputs=inputs, dry=True)
+    choice = select.choose(
+        signature, device, platform, given["cfg"], inputs=inputs, sharding=sharding, dry=True
+    )
     return _told(choice, device, registry.refusals(signature, device))
 
 

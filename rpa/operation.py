@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,6 @@ from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device, current
 from rpa.kernel import Invocation, Kernel
-from rpa.mesh import layout_of, local_signature
 from rpa.registered import detect_platform, kernel_registry
 from rpa.signature import Inputs, Signature
 
@@ -112,35 +111,28 @@ class RaggedPageAttentionv2(Kernel):
         return kernel_registry.get(registry.ALGORITHM, platform, cfg.backend)
 
     def query(self, inv: Invocation) -> select.Query:
-        inputs, signature, platform = _call_of(inv)
-        traced = any(rules.is_traced(array) for array in inputs)
-        device, sharding = current(inputs.queries), "none"
-        if inv.mesh is not None:
-            plan = layout_of(inv.mesh, inv.in_specs)
-            signature, sharding = local_signature(signature, plan, inv.mesh), plan.label(inv.mesh)
+        call = _call_of(inv)
+        traced = any(rules.is_traced(array) for array in call.inputs)
         query = select.query_of(
-            signature,
-            device,
-            platform,
-            inv.override_cfg,
-            inputs=None if traced else inputs,
-            sharding=sharding,
-        )
+            call.signature, call.device, call.platform, inv.override_cfg,
+            inputs=None if traced else call.inputs, sharding=call.sharding,
+        )  # fmt: skip
+        chip = call.device.platform
         return replace(
             query,
-            heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
-            candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
+            heuristic=lambda: self.hook("heuristic_cfg", chip)(inv),
+            candidates=lambda: list(self.hook("candidate_cfgs", chip)(inv)),
         )
 
     def heuristic_cfg(self, inv: Invocation) -> RaggedPageAttentionv2Config:
         """The preferred backend's own choice."""
-        inputs, signature, platform = _call_of(inv)
-        return select.query_of(signature, current(inputs.queries), platform, None).heuristic()
+        call = _call_of(inv)
+        return select.query_of(call.signature, call.device, call.platform, None).heuristic()
 
     def candidate_cfgs(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
         """What the backends of the device at hand would have timed."""
-        inputs, signature, platform = _call_of(inv)
-        return select.candidates(signature, current(inputs.queries), platform)
+        call = _call_of(inv)
+        return select.candidates(call.signature, call.device, call.platform)
 
     def candidate_cfgs_gpu(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
         """The same for a GPU: the one at hand, or an H200."""
@@ -155,12 +147,22 @@ class RaggedPageAttentionv2(Kernel):
 
 
 def _candidates_for(chip: str, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
-    inputs, signature, platform = _call_of(inv)
-    here = current(inputs.queries)
-    return select.candidates(signature, here if here.platform == chip else _STAND_INS[chip], platform)
+    call = _call_of(inv)
+    device = call.device if call.device.platform == chip else _STAND_INS[chip]
+    return select.candidates(call.signature, device, call.platform)
 
 
-def _call_of(inv: Invocation) -> tuple[Inputs, Signature, str]:
+class _Call(NamedTuple):
+    """An invocation as selection sees it: over a mesh, one device's share."""
+
+    inputs: Inputs
+    signature: Signature
+    platform: str
+    device: Device
+    sharding: str
+
+
+def _call_of(inv: Invocation) -> _Call:
     """The validated call of an invocation; metadata that it leaves out are those of an idle batch."""
     names = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs")
     given = {**dict(zip(names, inv.args, strict=False)), **inv.kwargs}
@@ -180,4 +182,8 @@ def _call_of(inv: Invocation) -> tuple[Inputs, Signature, str]:
     inputs, signature = api.prepare(arrays, options, False)
     cfg = inv.override_cfg
     asked = rules.platform_of(given.get("platform"))
-    return inputs, signature, cfg.platform if asked == "auto" and cfg is not None else asked
+    asked = cfg.platform if asked == "auto" and cfg is not None else asked
+    if all(value is None for value in (inv.mesh, inv.in_specs, inv.out_specs)):
+        return _Call(inputs, signature, asked, current(inputs.queries), "none")
+    local, device, plan = shard.share_of(inputs, signature, inv.mesh, inv.in_specs)
+    return _Call(inputs, local, asked, device, plan.label(inv.mesh))

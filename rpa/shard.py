@@ -42,12 +42,10 @@ def run(
     check_mesh(mesh)
     inputs, signature = api.prepare(arrays, options, check_values)
     api.check_config(cfg)
-    plan = layout_of(mesh, in_specs)
-    local = local_signature(signature, plan, mesh)
+    local, device, plan = share_of(inputs, signature, mesh, in_specs)
     wanted = _out_specs(out_specs, signature)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return api.nothing_to_do(signature)
-    device = _device(mesh, inputs)
     choice = select.choose(local, device, rules.platform_of(platform), cfg, sharding=plan.label(mesh))
     program = _program(choice.implementation, choice.config, device, signature, plan, mesh, wanted, check_vma)
     output, lse = program(_placed(inputs, signature, plan, mesh))
@@ -80,10 +78,21 @@ def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:
     return output, lse if signature.return_lse else None
 
 
-def _device(mesh: Any, inputs: Inputs) -> Device:
-    return (
+def share_of(
+    inputs: Inputs, signature: Signature, mesh: Any, in_specs: Any
+) -> tuple[Signature, Device, Layout]:
+    """The static part of one device's share, the device it is for, and what is split how.
+
+    Raises:
+        TypeError, ValueError: the mesh, the specs and the shapes do not fit; the text names the axis.
+    """
+    check_mesh(mesh)
+    plan = layout_of(mesh, in_specs)
+    local = local_signature(signature, plan, mesh)
+    here = (
         devices.describe(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else devices.current(inputs.queries)
     )
+    return local, here, plan
 
 
 @lru_cache(maxsize=256)

@@ -258,4 +258,14 @@ def test_a_mesh_is_never_ignored():
         ragged_page_attention_v2(**call, mesh=mesh, out_specs="tp")
     with pytest.raises(ValueError, match="sliding_window=0"):
         ragged_page_attention_v2(**call, mesh=mesh, sliding_window=0)
-    assert explain(**call).source == "heuristic"
+
+
+def test_explain_speaks_of_one_devices_share():
+    call = small_call.arguments()
+    mesh = _mesh(tp=2, pages=4)
+    told = explain(**call, mesh=mesh)
+    assert "heads=2/1" in told.key[2]
+    assert "sharding=heads:2,pages:4" in told.key[2]
+    assert "a sharded call is not tuned" in told or "heuristics" in dict(told.trail)["autotune"]
+    with pytest.raises(ValueError, match="mesh axis 'tp' of size 3 does not divide the 4 heads"):
+        explain(**call, mesh=_mesh(tp=3))
