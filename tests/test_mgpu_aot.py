@@ -1,0 +1,44 @@
+"""The Hopper kernel compiled for sm_90a with no GPU: it fits, spills little, and its wgmmas are not serialised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Bytes of spill stores a kernel may have; the rest may have none.
+SPILLED = {"prefill_256": 96, "mixed": 32}
+
+pytestmark = [
+    pytest.mark.cuda_plugin,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="needs the `gpu` extra: no jax_cuda13_plugin here",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
+    script = str(ROOT / "tests" / "mgpu_aot.py")
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {line["call"]: line for line in lines}
+
+
+@pytest.mark.parametrize("call", ["decode", "prefill", "prefill_256", "mixed"])
+def test_the_kernel_fits_and_keeps_its_registers(reports, call):
+    report = reports[call]
+    assert report["registers"], report
+    assert max(report["shared"]) <= 227 * 1024
+    assert max(report["spilled"]) <= SPILLED.get(call, 0), report
+    assert not report["serialised"]
