@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def compare(cases: list[str], other: str | None, rounds: int, repeats: int) -> l
             for side, interpreter in sides.items():
                 for name, row in _run_side(side, interpreter, cases, repeats, folder).items():
                     known = best[side].setdefault(name, row)
-                    known["ms"] = min(known["ms"], row["ms"])
+                    known |= {key: min(known[key], row[key]) for key in ("ms", "cpu_ms", "compile_s")}
         rows = []
         for name in cases:
             row = {"case": name}
@@ -148,6 +149,7 @@ def compare(cases: list[str], other: str | None, rounds: int, repeats: int) -> l
 
 
 def _report(rows: list[dict]) -> dict:
+    """Print each case with its ratios, wall time and CPU time; the second is the steadier on a shared machine."""
     ratios = []
     for row in rows:
         ours, theirs = row["rpa"], row.get("ejkernel")
@@ -156,14 +158,21 @@ def _report(rows: list[dict]) -> dict:
             continue
         text = f"{row['case']:32} {ours['ms']:9.2f} ms ({ours['oracle']})"
         if theirs:
-            ratios.append(theirs["ms"] / ours["ms"])
-            text += f" {theirs['ms']:9.2f} ms ({theirs['oracle']})  x{ratios[-1]:.2f}"
+            ratios.append((theirs["ms"] / ours["ms"], theirs["cpu_ms"] / ours["cpu_ms"]))
+            text += f" {theirs['ms']:9.2f} ms ({theirs['oracle']})  x{ratios[-1][0]:.2f}, CPU time x{ratios[-1][1]:.2f}"
         print(text)
-    if not ratios:
-        return {}
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    print(f"geometric mean x{mean:.2f}, least x{min(ratios):.2f}, {len(ratios)} of {len(rows)} cases")
-    return {"geometric_mean": mean, "least": min(ratios)}
+    summary = {}
+    for name, values in zip(("wall", "cpu"), zip(*ratios, strict=True), strict=False):
+        mean = math.exp(sum(map(math.log, values)) / len(values))
+        summary[name] = {"geometric_mean": mean, "least": min(values)}
+        print(f"{name}: geometric mean x{mean:.2f}, least x{min(values):.2f}, {len(values)} of {len(rows)} cases")
+    return summary
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def main() -> int:
@@ -185,7 +194,7 @@ def main() -> int:
     rows = compare(cases, options.other, options.rounds, options.repeats)
     summary = _report(rows)
     if options.json:
-        record = {"date": str(datetime.date.today()), "machine": platform.processor() or platform.machine()}
+        record = {"date": str(datetime.date.today()), "machine": _machine(), "load": os.getloadavg()[0]}
         options.json.write_text(json.dumps(record | summary | {"rows": rows}, indent=1) + "\n")
     return 0 if all(row["rpa"]["oracle"].startswith("pass") for row in rows) else 1
 
