@@ -2,6 +2,10 @@
 
 Read `plan` (what is compiled), `tiles` (the work list), `kernel` (the loops), `call` (arrays in and out) and `chips`
 (block sizes, and what does not fit).
+
+Two things cost a copy of the cache a call, in XLA and not here: float16 pages, which a TPU cannot load and which travel
+as int16; and a head size that is no multiple of 128 in JAX's default layout, which puts the pages innermost. A cache
+kept row-major (`jax.experimental.layout.Format(Layout((0, 1, 2, 3)), sharding)`) is read where it lies.
 """
 
 from __future__ import annotations
