@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,7 +51,7 @@ def verify(
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Data, page order and drawn requests follow from it.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Stop after so many steps.")] = 300,
-    budget: Annotated[str, typer.Option(help="Stop after so long: 90, 90s, 10m or 2h.")] = "60s",
+    budget: Annotated[str, typer.Option(help="Stop so long after the first step: 90, 90s, 10m or 2h.")] = "60s",
     scale: Annotated[
         int | None,
         typer.Option(
@@ -225,10 +224,10 @@ def _run(replay: Replay, steps: int, budget: float) -> None:
             Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         ):
             task = progress.add_task("", total=1.0)
-            begin = time.perf_counter()
             for layer in replay.run(steps, budget):
                 report = replay.report
-                done = max(report.steps / steps, (time.perf_counter() - begin) / budget)
+                done = max(report.steps / steps, (report.seconds - report.first_step) / budget)
+                done = done if report.steps else 0.0
                 progress.update(task, completed=done, description=_line(report, layer))
     except KeyboardInterrupt:
         replay.report.interrupted = True
