@@ -214,7 +214,10 @@ class Campaign:
 
     def _next(self, worker: int) -> None:
         """Hand out the next chunk, or end the worker when no case is left."""
-        cases = min(self._left(), FIRST_CHUNK if self.tally.next_chunk < self.settings.workers else CHUNK)
+        workers = self.settings.workers
+        cases = min(self._left(), FIRST_CHUNK if self.tally.next_chunk < workers else CHUNK)
+        if self.tally.next_chunk < workers and self.settings.max_examples is not None:
+            cases = min(cases, -(-self.settings.max_examples // workers))
         if cases <= 0:
             self.children[worker].send(None)
             self.children.pop(worker).end(gently=5.0)

@@ -36,7 +36,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return f"rpa: judging {name}, {config.getoption('--rpa-examples')} cases a judge" if name else None
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # so that -k and -m choose among these too
 def pytest_collection_modifyitems(
     session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import seed as seeded
 from hypothesis import target as maximise
 
 from fuzz.build import build
+from fuzz.corpus import read_lines
 from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape, shapes
 from fuzz.shrink import same_symptom, shrink
@@ -48,6 +49,7 @@ class State:
     out: Path
     reduce: bool
     reduced: list[Judgement] = field(default_factory=list)
+    judged: set[Plan] = field(default_factory=set)  # in any session: no case is judged twice
     compiled: int = 0
     listening: bool = False
     taken: dict[Shape, bool] = field(default_factory=dict)  # by the target, as it declares
@@ -57,6 +59,8 @@ def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: s
     """Judge chunks until there are none, and tell: `ready`, then `begin`, `end`, `failure`, `gap` and `done`."""
     state = State(pipe, load(name), seed, share, Path(out), reduce)
     _keep_compilations(Path(out))
+    lines = read_lines(Path(out) / "record.jsonl")
+    state.judged = {Plan.from_json(line["plan"]) for line in lines if line["line"] == "case"}
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
     while (chunk := pipe.recv()) is not None:
         _run(pipe, state, chunk)
@@ -105,7 +109,7 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
-        max_examples=chunk.cases,
+        max_examples=max(50, 2 * chunk.cases),  # plans that were judged before do not count
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
@@ -114,7 +118,7 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
     @given(plans(pool))
     def judged(plan: Plan) -> None:
         nonlocal left
-        if left == 0:
+        if left == 0 or plan in state.judged:
             return
         left -= 1
         judgement = _one(pipe, state, plan)
@@ -126,6 +130,7 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
 
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     """Judge one plan, telling the parent before and after; shrink a failure of a new sort."""
+    state.judged.add(plan)
     pipe.send(("begin", plan))
     began = time.monotonic()
     _listen(state)

