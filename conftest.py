@@ -1,9 +1,10 @@
-"""Tests run on CPU unless `--rpa-device` says otherwise; what needs other hardware is counted as skipped."""
+"""Tests run on CPU unless JAX_PLATFORMS says otherwise; what needs other hardware is counted as skipped."""
 
 from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 import pytest
 
@@ -11,6 +12,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The oracle's products are small: BLAS threads would only wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# No test may read, or change, the configs that the developer of this machine has tuned.
+os.environ["RPA_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpa-tests-")
 
 
 def pytest_configure() -> None:

@@ -35,6 +35,7 @@ ADAPTERS = {
     "jax_reference": "fuzz.adapters.jax_upstream:reference",
     "tpu_inference": "fuzz.adapters.tpu_inference:attention",
     "vllm": "fuzz.adapters.vllm:attention",
+    "triton_interpret": "fuzz.adapters.triton_interpret:attention",
 }
 
 
