@@ -30,7 +30,32 @@ def cpu() -> str:
     return "\n".join(lines) + "\n"
 
 
-FIGURES = {"cpu": cpu}
+def h200() -> str:
+    """The GPU kernels beside the peers: time and its ratio to the best peer of the same run, page 16 and 64."""
+    triton = json.loads((RECORDS / "h200_triton_2026-11-22.json").read_text())
+    mosaic = json.loads((RECORDS / "h200_mgpu_2026-11-22.json").read_text())
+    cells = {(c["cell"], c["page"]): c for c in mosaic["cells"] if not c["options"] and c["ratio"]}
+    lines = [
+        f"{triton['date']}, one H200, jax {mosaic['versions']['jax']}, triton {mosaic['versions']['triton']}: time on the "
+        "device in microseconds; in brackets over the better of FlashAttention-3 and vLLM in the same run.",
+        "",
+        "| cell | page | Triton | Mosaic GPU |",
+        "|---|---|---|---|",
+    ]
+    for key, ours in triton["cells"].items():
+        name, page = key.rsplit(" p", 1)
+        peers = [ours[peer] for peer in ("fa3", "fa3_split", "vllm") if isinstance(ours.get(peer), float)]
+        other = cells.get((name, int(page)))
+        if int(page) not in (16, 64) or not peers or other is None:
+            continue
+        lines.append(
+            f"| `{name}` | {page} | {ours['ours']:.4g} ({ours['ours'] / min(peers):.2f}) "
+            f"| {other['us']:.4g} ({other['ratio']:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+FIGURES = {"cpu": cpu, "h200": h200}
 
 
 def filled(text: str) -> str:
