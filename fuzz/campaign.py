@@ -114,7 +114,7 @@ class Campaign:
         self.tally.session += 1
         self.ledger = Ledger(settings.waivers, settings.target, datetime.date.today())
         self.store = corpus.open_store(settings.share)
-        self.record = _open_record(settings.out / "record.jsonl")
+        self.record: Any = None  # open while it runs
         self.began = time.monotonic() - self.tally.seconds
         self.promised: dict[int, int] = {}  # cases handed to each worker and not yet judged
         self.flying: dict[int, Plan] = {}
@@ -150,6 +150,7 @@ class Campaign:
     def run(self) -> str:
         """Run to the end of the budget; the status, a key of `EXIT`."""
         status = None
+        self.record = _open_record(self.settings.out / "record.jsonl")
         try:
             for worker in range(self.settings.workers):
                 self._start(worker)

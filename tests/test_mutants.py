@@ -101,9 +101,9 @@ def test_a_patch_that_no_longer_applies_is_an_error_that_names_it(tmp_path) -> N
     path.write_text(
         "# it was\n--- a/rpa/api.py\n+++ b/rpa/api.py\n@@ -1 +1 @@\n-no such line anywhere\n+other\n"
     )
-    with pytest.raises(patched.PatchError, match=r"xla_stale.patch does not apply: 0 places"):
-        with patched.applied(patched.read(path)):
-            pass
+    stale = pytest.raises(patched.PatchError, match=r"xla_stale.patch does not apply: 0 places")
+    with stale, patched.applied(patched.read(path)):
+        pass
 
 
 @pytest.mark.parametrize(("name", "text", "words"), [
