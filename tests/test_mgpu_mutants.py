@@ -11,7 +11,7 @@ from fuzz.mutants import patched
 ROOT = Path(__file__).parents[1]
 # The proof that shows each bug.
 CAUGHT_BY = {
-    "tile_position": "tiles", "astray_ignored": "rows", "split_floor": "units", "fill_after": "rows",
+    "tile_position": "tiles", "astray_ignored": "invalid", "split_floor": "units", "fill_after": "rows",
     "no_lse": "combine", "sink_every_split": "combine", "overlapping_sequences": "rows", "causal_plus1": "prefill",
     "window_wide": "prefill_edges", "v_not_sanitised": "prefill", "acc_not_rescaled": "decode",
     "kv_swapped": "decode", "wait_removed": "decode", "sink_head0": "prefill_edges", "page_not_clamped": "invalid",

@@ -1,3 +1,6 @@
+# Pallas refs and transforms are typed for its own use, not for callers.
+# pyright: reportArgumentType=false, reportAbstractUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 """Decode and prefill in one CTA: the bytes of one under the arithmetic of the other.
 
 Warpgroups 0 and 1 fold prefill tiles, warpgroup 2 decode rows, and two warps of warpgroup 3 feed them, each role

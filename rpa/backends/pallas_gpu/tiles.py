@@ -1,3 +1,6 @@
+# Pallas refs and transforms are typed for its own use, not for callers.
+# pyright: reportArgumentType=false, reportAbstractUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 """What the two roles of the Hopper kernel share: static tile shapes, shared-memory layouts, page arithmetic."""
 
 from __future__ import annotations
