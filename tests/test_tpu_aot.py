@@ -126,8 +126,11 @@ def test_schedule_is_the_recorded_one(schedules, chip, shape):
     record = json.loads(RECORD.read_text())
     ours = schedules[chip][shape]
     assert ours["decode"]["spill"] == ours["decode"]["fill"] == 0, ours
+    recorded = record["chips"].get(chip, {}).get(shape)
+    if recorded is None:
+        pytest.skip(f"{chip} {shape}: no record yet, python tests/test_tpu_aot.py writes it")
     if record["libtpu"] == importlib.metadata.version("libtpu"):
-        assert ours == record["chips"][chip][shape]
+        assert ours == recorded
 
 
 @pytest.mark.slow
