@@ -165,7 +165,7 @@ def refusal(signature: Signature, device: Device) -> str | None:
             f"{plan.q_heads} query and {plan.heads} kv heads of size {plan.head_dim} needs about "
             f"{plan.vmem_bytes / MIB:.1f} MiB of VMEM, and {source} is {limit / MIB:.1f} MiB"
         )
-    tiles = plans.tile_capacity(signature, plan) + plan.cores
+    tiles = plans.list_size(signature, plan)
     if tiles * 32 > SMEM_BYTES:
         return (
             f"num_tokens={signature.num_tokens} and max_seqs={signature.max_seqs} make up to {tiles} tiles, whose list "

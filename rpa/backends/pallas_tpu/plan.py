@@ -145,6 +145,11 @@ def tile_capacity(signature: Signature, plan: Plan) -> int:
     return max(1, min(rows, rows // plan.block_q + signature.max_seqs))
 
 
+def list_size(signature: Signature, plan: Plan) -> int:
+    """Entries of the work list: the cursor of the page tables runs this many tiles past the last live one."""
+    return tile_capacity(signature, plan) + (TABLE_LEAD + plan.buffers + 1) * plan.cores
+
+
 def conflict_free(rows: int) -> int:
     """A pitch at which a strided load reads eight rows at once: strides of whole tiles hit one bank and split."""
     return rows + 1 if rows % SUBLANES == 0 else rows

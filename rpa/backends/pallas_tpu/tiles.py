@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpa.backends.pallas_tpu.plan import Plan, tile_capacity
+from rpa.backends.pallas_tpu.plan import Plan, list_size
 from rpa.layout import Ragged
 from rpa.signature import Signature
 
@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
 
 def build(ragged: Ragged, signature: Signature, plan: Plan) -> Tiles:
     """The work list of a call, in the order of the sequences."""
-    size = tile_capacity(signature, plan) + plan.cores  # the last ones are never live
+    size = list_size(signature, plan)  # the last ones are never live
     length = ragged.stop - ragged.start  # [S]
     ends = jnp.cumsum(-(-length // plan.block_q))  # [S], tiles up to and with a sequence
     index = jnp.arange(size, dtype=jnp.int32)
