@@ -150,7 +150,7 @@ def _growth(record: Record) -> str:
         handles = [matplotlib.lines.Line2D([], [], color=c, label=name) for name, c in colours.items()]
         all_axes[0].legend(handles=handles, frameon=False, fontsize=8)
 
-    return _svg(draw, height=3.2, ncols=3)
+    return _svg(draw, height=3.2, ncols=3, sharey=True)
 
 
 def _fractions(record: Record) -> str:
