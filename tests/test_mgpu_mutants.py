@@ -14,7 +14,7 @@ CAUGHT_BY = {
     "tile_position": "tiles", "astray_ignored": "invalid", "split_floor": "units", "fill_after": "rows",
     "no_lse": "combine", "sink_every_split": "combine", "overlapping_sequences": "rows", "causal_plus1": "prefill",
     "window_wide": "prefill_edges", "v_not_sanitised": "prefill", "acc_not_rescaled": "decode",
-    "kv_swapped": "decode", "wait_removed": "decode", "sink_head0": "prefill_edges", "page_not_clamped": "invalid",
+    "kv_swapped": "decode", "wait_removed": "decode", "sink_head0": "prefill_edges",
 }  # fmt: skip
 FAST = ("sink_every_split", "split_floor")
 RUN = "import runpy, sys; sys.path.insert(0, {tests!r}); runpy.run_path({proofs!r}, run_name='__main__')"
