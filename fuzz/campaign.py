@@ -137,11 +137,7 @@ class Campaign:
 
     def _over(self) -> bool:
         s = self.settings
-        if (
-            self.trouble
-            or len(self.tally.failures) >= s.max_failures
-            or self.tally.failed >= 50 * s.max_failures
-        ):
+        if self.trouble or len(self.tally.failures) >= s.max_failures or self.tally.failed >= 50 * s.max_failures:
             return True
         return s.budget is not None and self.elapsed >= s.budget
 
@@ -336,9 +332,7 @@ def _leave_crash(folder: Path, plan: Plan, target: str) -> None:
     write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
 
 
-def summary(
-    settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None
-) -> dict[str, Any]:
+def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None) -> dict[str, Any]:
     """The campaign in one JSON object."""
     pairs, possible = tally.coverage.share()
     return {

@@ -64,9 +64,7 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     if not evidence:
         return UNKNOWN
     # The last is the largest case: what is unlike there is not tried on the rest.
-    likely = sorted((m for m in MUTANTS if _numeric(m)), key=lambda m: _distance(m, evidence[-1:]))[
-        :CANDIDATES
-    ]
+    likely = sorted((m for m in MUTANTS if _numeric(m)), key=lambda m: _distance(m, evidence[-1:]))[:CANDIDATES]
     ranked = sorted(((_distance(m, evidence), m) for m in likely), key=lambda pair: pair[0])
     best, mutant = ranked[0]
     if best > LIKENESS:
@@ -132,9 +130,7 @@ def _errors(output: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @lru_cache(maxsize=512)
 def _kernel(mutant: Mutant, tile: Launch):
-    launch = dataclasses.replace(
-        tile, splits=mutant.splits, shards=mutant.shards, bugs=frozenset({mutant.id})
-    )
+    launch = dataclasses.replace(tile, splits=mutant.splits, shards=mutant.shards, bugs=frozenset({mutant.id}))
     return model.launched(launch)
 
 

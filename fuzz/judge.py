@@ -70,9 +70,7 @@ def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
     verdict = compare(case, analysis, output, lse, structured=plan is None or plan.data not in RANDOM_DATA)
     if verdict.status in ("fail", "suspect"):
         kind = (
-            "nan"
-            if verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got)
-            else "bound"
+            "nan" if verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got) else "bound"
         )
         return Judgement(verdict.status, kind, verdict.text, verdict.ratio, verdict)
     found = _beyond_bound(case, target, plan, output, analysis)
@@ -114,9 +112,7 @@ def _origin(error: BaseException) -> str:
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two outputs hold the same numbers; +0 and -0 are one number, and so are all NaN."""
-    return a.shape == b.shape and bool(
-        np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True)
-    )
+    return a.shape == b.shape and bool(np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True))
 
 
 def first_difference(a: np.ndarray, b: np.ndarray) -> str:
@@ -152,9 +148,7 @@ def _second_fill(plan: Plan, case: Case, target: Target, output: np.ndarray) -> 
     again, _ = target.run(refill(plan, case, "huge"))
     if same_bits(output, again):
         return None
-    return "poison", "what lies in slots that no row may see changes the answer: " + first_difference(
-        output, again
-    )
+    return "poison", "what lies in slots that no row may see changes the answer: " + first_difference(output, again)
 
 
 def _repeat(case: Case, target: Target, output: np.ndarray, times: int) -> tuple[str, str] | None:
@@ -163,9 +157,7 @@ def _repeat(case: Case, target: Target, output: np.ndarray, times: int) -> tuple
     for count in range(1, times):
         again, _ = target.run(case)
         if not same_bits(output, again):
-            return "determinism", f"call {count + 1} of the same case differs: " + first_difference(
-                output, again
-            )
+            return "determinism", f"call {count + 1} of the same case differs: " + first_difference(output, again)
     return None
 
 
@@ -197,7 +189,5 @@ def judge_rejections(case: Case, target: Target) -> list[Judgement]:
                 text = f"{name}={value} is rejected by an error that does not name {name}: {error}"
                 found.append(Judgement("fail", "accepts", text, ratio=np.inf))
             continue
-        found.append(
-            Judgement("fail", "accepts", f"{name}={value} is illegal, and was accepted", ratio=np.inf)
-        )
+        found.append(Judgement("fail", "accepts", f"{name}={value} is illegal, and was accepted", ratio=np.inf))
     return found

@@ -81,9 +81,7 @@ def _waiver(number: int, entry: dict[str, Any]) -> Waiver:
         raise WaiverError(f"waiver {number}: expires={entry['expires']!r} must be a date, as 2027-01-31")
     for axis, value in entry.get("when", {}).items():
         if value not in AXES.get(axis, ()):
-            raise WaiverError(
-                f"waiver {number}: when.{axis}={value!r} is no feature; known: {', '.join(AXES)}"
-            )
+            raise WaiverError(f"waiver {number}: when.{axis}={value!r} is no feature; known: {', '.join(AXES)}")
     return Waiver(**entry)
 
 
@@ -113,9 +111,5 @@ class Ledger:
 
     def complaints(self) -> list[str]:
         """What is wrong with the ledger itself at the end."""
-        stale = [
-            f"unexpectedly passes, remove it: {w}"
-            for w in self.active
-            if not w.crash and w.judged and not w.used
-        ]
+        stale = [f"unexpectedly passes, remove it: {w}" for w in self.active if not w.crash and w.judged and not w.used]
         return [f"expired on {w.expires}: {w}" for w in self.expired] + stale

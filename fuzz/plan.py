@@ -88,9 +88,7 @@ class Plan:
     def __post_init__(self) -> None:
         shape = self.shape
         if sum(q for q, _ in self.lengths) > shape.tokens or len(self.lengths) > shape.seqs:
-            raise ValueError(
-                f"lengths {self.lengths} do not fit {shape.tokens} tokens and {shape.seqs} sequences"
-            )
+            raise ValueError(f"lengths {self.lengths} do not fit {shape.tokens} tokens and {shape.seqs} sequences")
         if any(q < 0 or not 0 <= c <= shape.capacity for q, c in self.lengths):
             raise ValueError(f"lengths {self.lengths} leave the capacity of {shape.capacity} tokens")
 
@@ -116,9 +114,7 @@ class Plan:
         options = [f"window {s.window}"] if s.window is not None else []
         options += [f"cap {s.cap:g}"] if s.cap is not None else []
         options += ["sinks"] if s.sinks else []
-        lengths = ", ".join(f"{q}/{c}" for q, c in self.lengths[:6]) + (
-            ", …" if len(self.lengths) > 6 else ""
-        )
+        lengths = ", ".join(f"{q}/{c}" for q, c in self.lengths[:6]) + (", …" if len(self.lengths) > 6 else "")
         return (f"{s.types}, page {s.page}, heads {s.q_heads}/{s.kv_heads}, D {s.head_dim}"
                 f"{''.join(', ' + o for o in options)}; queries/context {lengths or 'none'}; "
                 f"{self.data} data, {self.tables} pages")  # fmt: skip
@@ -159,9 +155,7 @@ def allowed(choice: dict[str, Any]) -> bool:
     if choice["tier"] == "deep" and choice["page"] > 8:  # thousands of keys, and nothing more to see
         return False
     if choice["tier"] == "long":
-        return (
-            choice["page"] >= 16 and width <= _TIER["long"][3] and choice["types"] in ("f32", "bf16", "f16")
-        )
+        return choice["page"] >= 16 and width <= _TIER["long"][3] and choice["types"] in ("f32", "bf16", "f16")
     return width <= _TIER[choice["tier"]][3]
 
 
@@ -248,12 +242,7 @@ def _pairs(choice: dict[str, Any]) -> set[tuple[tuple[str, Any], ...]]:
 
 
 def _pairs_of_axes() -> set[tuple[tuple[str, Any], ...]]:
-    return {
-        ((a, x), (b, y))
-        for (a, xs), (b, ys) in itertools.combinations(AXES.items(), 2)
-        for x in xs
-        for y in ys
-    }
+    return {((a, x), (b, y)) for (a, xs), (b, ys) in itertools.combinations(AXES.items(), 2) for x in xs for y in ys}
 
 
 def _opening(*rows: str) -> tuple[dict[str, Any], ...]:

@@ -74,9 +74,7 @@ def dots(groups: dict[str, list[tuple[str, int, bool]]], limit: int, width: int 
         )
     for row, (group, mutants) in enumerate(groups.items()):
         y = row * line + 18
-        parts.append(
-            f'<text class="label" x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(group)}</text>'
-        )
+        parts.append(f'<text class="label" x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(group)}</text>')
         stacked: dict[int, int] = {}
         for name_, cases, killed in sorted(mutants, key=lambda m: m[1]):
             level = stacked[cases] = stacked.get(cases, -1) + 1

@@ -25,9 +25,7 @@ STRATA = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rpa", "judge a ragged paged attention kernel")
     group.addoption("--rpa-target", metavar="NAME", help="module:function, an rpa backend, or an adapter")
-    group.addoption(
-        "--rpa-examples", type=int, default=EXAMPLES, metavar="N", help=f"cases a judge ({EXAMPLES})"
-    )
+    group.addoption("--rpa-examples", type=int, default=EXAMPLES, metavar="N", help=f"cases a judge ({EXAMPLES})")
     group.addoption("--rpa-seed", type=int, default=0, metavar="N", help="of the stream of cases (0)")
 
 
@@ -37,15 +35,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 
 @pytest.hookimpl(tryfirst=True)  # so that -k and -m choose among these too
-def pytest_collection_modifyitems(
-    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
-) -> None:
+def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     name = config.getoption("--rpa-target")
     if not name:
         return
-    items += [
-        _Judged.from_parent(session, name=f"rpa[{name}]::{stratum}", stratum=stratum) for stratum in STRATA
-    ]
+    items += [_Judged.from_parent(session, name=f"rpa[{name}]::{stratum}", stratum=stratum) for stratum in STRATA]
     items.append(_Judged.from_parent(session, name=f"rpa[{name}]::rejections", stratum="rejections"))
 
 

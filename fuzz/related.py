@@ -18,9 +18,7 @@ _RECOMPILE = frozenset({"wide_window", "no_sink"})
 _ELSEWHERE = frozenset({"repeat", "unowned_contents"})
 # Twice as often: what only these two find.
 _DOUBLED = frozenset({"alone", "dead_sequences"})
-USED = tuple(r for r in RELATIONS if r.name not in _ELSEWHERE) + tuple(
-    r for r in RELATIONS if r.name in _DOUBLED
-)
+USED = tuple(r for r in RELATIONS if r.name not in _ELSEWHERE) + tuple(r for r in RELATIONS if r.name in _DOUBLED)
 
 
 def check(plan: Plan, case: Case, target: Target, output: np.ndarray) -> tuple[str, str] | None:

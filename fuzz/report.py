@@ -113,9 +113,7 @@ def page(
     from markupsafe import Markup
 
     words, colour = _HEADLINE[whole["status"]]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     return environment.get_template("report.html.j2").render(
         s=whole, headline=words, colour=colour, versions=versions(), tiles=_tiles(whole), failures=failures,
         ratios=[(axis.replace("_", " "), Markup(plot)) for axis, plot in _ratio_plots(tally)],

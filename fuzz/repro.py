@@ -76,9 +76,7 @@ def _arguments(case: Case) -> list[str]:
             )
         else:
             lines.append(f"{short} = {array_literal(value)}")
-    metadata = ", ".join(
-        array_literal(a) for a in (case.context_lens, case.block_tables, case.query_start_loc)
-    )
+    metadata = ", ".join(array_literal(a) for a in (case.context_lens, case.block_tables, case.query_start_loc))
     lines.append(f"context_lens, tables, starts = {metadata}")
     sinks = "None" if case.softmax_aux is None else array_literal(case.softmax_aux)
     lines.append(f"num_seqs, sinks = np.array([{case.num_seqs}], np.int32), {sinks}")

@@ -203,9 +203,7 @@ class Scheduler:
         if not self.running and not self.waiting:
             return None
         spans = self._schedule()
-        step = Step(
-            self._steps, self._clock, tuple(spans), tuple(self._freed), tuple(self._writes), len(self.waiting)
-        )
+        step = Step(self._steps, self._clock, tuple(spans), tuple(self._freed), tuple(self._writes), len(self.waiting))
         self._freed, self._writes = [], []
         self._steps += 1
         self._clock += self.step_ms

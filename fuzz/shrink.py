@@ -132,9 +132,7 @@ def _shorter(plan: Plan) -> Iterator[Plan]:
         changed = [(r, c) for c in _smaller(context) for r in sorted({1, 2, min(rows, c), rows}) if r <= rows]
         changed += [(r, context) for r in _smaller(rows)]
         changed += [(r, context - rows + r) for r in _smaller(rows) if context >= rows]
-        yield from (
-            plan.replace(lengths=(*plan.lengths[:i], length, *plan.lengths[i + 1 :])) for length in changed
-        )
+        yield from (plan.replace(lengths=(*plan.lengths[:i], length, *plan.lengths[i + 1 :])) for length in changed)
 
 
 def _plainer(plan: Plan) -> Iterator[Plan]:

@@ -81,9 +81,7 @@ class Target:
 
     def gap(self, case: Case) -> str | None:
         """Why the target cannot take a case, by its own declaration or its signature; None if it can."""
-        missing = [
-            name for name in ("k_scale", "v_scale") if name in case.options and name not in self.accepts
-        ]
+        missing = [name for name in ("k_scale", "v_scale") if name in case.options and name not in self.accepts]
         return f"it takes no {missing[0]}" if missing else self.supports(case)
 
     def run(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:

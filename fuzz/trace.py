@@ -137,9 +137,7 @@ def _numbered(path: Path, file: TextIO) -> Iterator[Request]:
     yield from _parsed(path, rest, parse)
 
 
-def _parsed(
-    path: Path, lines: Iterator[tuple[int, str]], parse: Callable[[str], Request]
-) -> Iterator[Request]:
+def _parsed(path: Path, lines: Iterator[tuple[int, str]], parse: Callable[[str], Request]) -> Iterator[Request]:
     start: float | None = None
     for number, text in lines:
         try:
@@ -213,9 +211,7 @@ def _azure(path: Path, number: int, header: str) -> Callable[[str], Request]:
     def parse(text: str) -> Request:
         cells = [cell.strip() for cell in next(csv.reader([text]))]
         if len(cells) != len(columns):
-            raise ValueError(
-                f"expected {len(columns)} columns ({header.strip()}), found {len(cells)}: {_quote(text)}"
-            )
+            raise ValueError(f"expected {len(columns)} columns ({header.strip()}), found {len(cells)}: {_quote(text)}")
         return Request(
             _milliseconds(cells[when]),
             _count("ContextTokens", _integer("ContextTokens", cells[prompt]), 1),

@@ -146,9 +146,7 @@ class Report:
                 "worst_ratio": _finite(max(s.ratio for s in layers.values())),
                 "worst_lse_ratio": _finite(max(lse, default=None)),
                 "seconds": round(sum(s.seconds for s in layers.values()), 3),
-                "layers": {
-                    name: {k: _finite(v) for k, v in vars(score).items()} for name, score in layers.items()
-                },
+                "layers": {name: {k: _finite(v) for k, v in vars(score).items()} for name, score in layers.items()},
             }
         plan = self.plan
         return {
@@ -238,9 +236,7 @@ class Replay:
         for target in self.targets:
             score = self.report.scores.setdefault((target.name, layer.name), Score())
             if score.failed >= ENOUGH_FAILURES:
-                self.report.skipped[
-                    f"{target.name}, {layer.name}: not run after {ENOUGH_FAILURES} failures"
-                ] += 1
+                self.report.skipped[f"{target.name}, {layer.name}: not run after {ENOUGH_FAILURES} failures"] += 1
                 continue
             try:
                 reason = target.supports(case)
@@ -276,9 +272,7 @@ class Replay:
                 raise Unsupported(f"{target.name}, {layer.name}: takes no scales") from error
             if any(word in str(error) for word in _OUT_OF_RESOURCES):
                 raise Infrastructure(f"{target.name}, step {step.index}: {_first_line(error)}") from error
-            self._fail(
-                score, target, step, layer, f"raised {type(error).__name__}: {_first_line(error)}", case
-            )
+            self._fail(score, target, step, layer, f"raised {type(error).__name__}: {_first_line(error)}", case)
             return
         finally:
             score.seconds += time.perf_counter() - begin

@@ -102,9 +102,7 @@ class PersistentCache:
         loader, dumper: a config from plain data and back.
     """
 
-    generation = (
-        0  # counts this process's writes to any store, so that a remembered choice can tell it is stale
-    )
+    generation = 0  # counts this process's writes to any store, so that a remembered choice can tell it is stale
 
     def __init__(
         self,

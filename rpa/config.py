@@ -117,18 +117,14 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"config field {name}={value!r}: a string is expected, one of {', '.join(choices)}")
     if value not in choices:
-        raise ValueError(
-            f"config field {name}={str(value)!r} is unknown; one of {', '.join(choices)} is expected"
-        )
+        raise ValueError(f"config field {name}={str(value)!r} is unknown; one of {', '.join(choices)} is expected")
 
 
 def _checked_options(options: Any) -> tuple[tuple[str, int], ...]:
     try:
         pairs = dict(options)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"config field options={options!r}: pairs of a name and an int are expected"
-        ) from None
+        raise TypeError(f"config field options={options!r}: pairs of a name and an int are expected") from None
     for name, value in pairs.items():
         if not isinstance(name, str) or not _is_int(value):
             raise TypeError(f"config field options: {name!r}={value!r}: a name and an int are expected")

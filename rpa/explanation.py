@@ -52,9 +52,7 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         sharding = plan.label(given["mesh"])
     platform = rules.platform_of(given["platform"])
     api.check_config(given["cfg"])
-    choice = select.choose(
-        signature, device, platform, given["cfg"], inputs=inputs, sharding=sharding, dry=True
-    )
+    choice = select.choose(signature, device, platform, given["cfg"], inputs=inputs, sharding=sharding, dry=True)
     return _told(choice, device, registry.refusals(signature, device))
 
 

@@ -85,9 +85,7 @@ class Kernel:
         """The configs worth timing."""
         return [self.heuristic_cfg(inv)]
 
-    def create_shard_map_wrapper(
-        self, *args: Any, **kwargs: Any
-    ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def create_shard_map_wrapper(self, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """A function to run over a mesh, and the arguments to call it with."""
         raise NotImplementedError(f"{type(self).__name__} gives no create_shard_map_wrapper")
 
@@ -97,9 +95,7 @@ class Kernel:
 
     def query(self, inv: Invocation) -> Query:
         """What selection has to know about an invocation."""
-        device = current(
-            next((v for v in (*inv.args, *inv.kwargs.values()) if isinstance(v, jax.Array)), None)
-        )
+        device = current(next((v for v in (*inv.args, *inv.kwargs.values()) if isinstance(v, jax.Array)), None))
         arguments = {**dict(enumerate(inv.args)), **inv.kwargs}
         arrays = {str(name): value for name, value in arguments.items() if _is_array(value)}
         fixed = {name: value for name, value in arguments.items() if not _is_array(value)}
@@ -157,9 +153,7 @@ class Executor:
         override = kwargs.pop("_cfg", cfg)
         args, kwargs = kernel.prepare(*args, **kwargs)
         over = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
-        inv = Invocation(
-            kernel.op_id, args, kwargs, override_cfg=override, stamp=stamp, method=method, **over
-        )
+        inv = Invocation(kernel.op_id, args, kwargs, override_cfg=override, stamp=stamp, method=method, **over)
         sharded = method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs))
         if method not in (None, "shard_map"):
             raise ValueError(f"method={method!r}: 'shard_map' or None is expected")
@@ -180,9 +174,7 @@ class Executor:
         args, kwargs = kernel.prepare(*args, **kwargs)
         return self.chooser.choose(Invocation(kernel.op_id, args, kwargs, override_cfg=override), kernel)
 
-    def compile(
-        self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any
-    ) -> Callable[..., Any]:
+    def compile(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Callable[..., Any]:
         """A jitted function of the kernel's arrays on the config that these examples select."""
         chosen = self.choose_config(kernel, *args, cfg=kwargs.pop("_cfg", cfg), **kwargs)
         fixed = {name: value for name, value in kwargs.items() if not _is_array(value)}

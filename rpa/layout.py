@@ -53,9 +53,7 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
     start = jnp.clip(jax.lax.cummax(begin), 0, total)
     stop = jnp.clip(end, start, total)
     context = jnp.where(live, inputs.context_lens, 0)
-    valid = (
-        (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
-    )
+    valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
     tables = inputs.block_tables
     in_pool = (tables >= 0) & (tables < signature.num_pages)
     valid &= jnp.all(in_pool | ~_live_entries(start, stop, context, signature), axis=1)
@@ -76,11 +74,7 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
 def _live_entries(start, stop, context, signature: Signature):
     """bool [S, pages_per_seq]: the entries whose page holds a key that some row of the sequence sees."""
     first = jnp.maximum(context - (stop - start), 0)  # the first row's position
-    low = (
-        first * 0
-        if signature.sliding_window is None
-        else jnp.maximum(first - signature.sliding_window + 1, 0)
-    )
+    low = first * 0 if signature.sliding_window is None else jnp.maximum(first - signature.sliding_window + 1, 0)
     column = jnp.arange(signature.pages_per_seq)[None, :] * signature.page_size
     seen = (column < context[:, None]) & (column + signature.page_size > low[:, None])
     return seen & (stop > start)[:, None]

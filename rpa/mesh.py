@@ -72,9 +72,7 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
         raise ValueError(f"in_specs={in_specs!r}: seven PartitionSpecs are expected, or six without sinks")
     specs = dict(zip(_ARGUMENTS, in_specs, strict=False))
     ranks = (3, 4, 1, 2, 1, 1, 1)
-    split = {
-        name: _dims(name, spec, rank, mesh) for (name, spec), rank in zip(specs.items(), ranks, strict=False)
-    }
+    split = {name: _dims(name, spec, rank, mesh) for (name, spec), rank in zip(specs.items(), ranks, strict=False)}
     heads, pages, sequences = split["queries"][1], split["kv_pages"][0], split["context_lens"][0]
     allowed = {
         "queries": ((), heads, ()),
@@ -111,9 +109,7 @@ def _dims(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:
     dims = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec]
     for axis in (axis for dim in dims for axis in dim):
         if axis not in mesh.axis_names:
-            raise ValueError(
-                f"in_specs: {name} names axis {axis!r}; the mesh has {', '.join(mesh.axis_names)}"
-            )
+            raise ValueError(f"in_specs: {name} names axis {axis!r}; the mesh has {', '.join(mesh.axis_names)}")
     return (*dims, *((),) * (rank - len(dims)))
 
 

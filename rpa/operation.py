@@ -168,9 +168,7 @@ def _call_of(inv: Invocation) -> _Call:
     given = {**dict(zip(names, inv.args, strict=False)), **inv.kwargs}
     missing = [name for name in ("queries", "kv_pages", "block_tables") if name not in given]
     if missing:
-        raise ValueError(
-            f"invocation of {inv.op_id}: {missing[0]} is missing, and no config can be found without it"
-        )
+        raise ValueError(f"invocation of {inv.op_id}: {missing[0]} is missing, and no config can be found without it")
     max_seqs = given["block_tables"].shape[0]
     idle = {
         "context_lens": np.zeros(max_seqs, np.int32),

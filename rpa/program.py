@@ -32,9 +32,7 @@ def label(implementation: Implementation, config: Any) -> str:
     >>> label(load("xla"), RaggedPageAttentionv2Config(num_queries_per_block=64))
     'rpa_v2__xla__queries64'
     """
-    parts = [
-        f"{short}{getattr(config, name)}" for name, short in _SHORT.items() if getattr(config, name, None)
-    ]
+    parts = [f"{short}{getattr(config, name)}" for name, short in _SHORT.items() if getattr(config, name, None)]
     parts += [f"{name}{value}" for name, value in getattr(config, "options", ())]
     return re.sub(r"\W", "_", "__".join(["rpa_v2", implementation.name, "_".join(parts) or "default"]))
 

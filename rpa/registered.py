@@ -126,9 +126,7 @@ class KernelRegistry:
     def _publish(self) -> None:
         registry.publish(tuple(slot for _, slot in self._specs if slot is not None))
 
-    def get(
-        self, algorithm: str, platform: str | None = None, backend: str | None = None
-    ) -> Callable[..., Any]:
+    def get(self, algorithm: str, platform: str | None = None, backend: str | None = None) -> Callable[..., Any]:
         """The preferred kernel for a platform and a chip; without a backend, for the chip JAX runs on.
 
         Raises:

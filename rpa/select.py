@@ -215,11 +215,7 @@ class ConfigSelectorChain:
         default = "autotune" if query.accelerator else "heuristics"
         fallback = policy.cache_miss_fallback or settings.autotune_policy() or default
         if fallback != "autotune" or not policy.allow_autotune:
-            return (
-                "the policy is heuristics"
-                if query.accelerator
-                else "off accelerators the policy is heuristics"
-            )
+            return "the policy is heuristics" if query.accelerator else "off accelerators the policy is heuristics"
         reason = query.untunable()
         if reason is not None:
             return reason
@@ -246,9 +242,7 @@ class ConfigSelectorChain:
             best = self.tuner.autotune(query.program, query.args, query.kwargs, candidates)
         except tune.TuningFailed as error:
             self._failed.add(query.triple)
-            warnings.warn(
-                f"tuning {query.stem} found no usable config:\n{error}", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"tuning {query.stem} found no usable config:\n{error}", RuntimeWarning, stacklevel=2)
             return None, "tuning it failed"
         reason = tune.verdict(self.tuner, best)
         self.cache.put(*query.triple, best)
@@ -399,9 +393,7 @@ def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> st
     contexts = np.asarray(inputs.context_lens)[:count]
     live = int(offsets[count]) - int(offsets[0]) if 0 < count < len(offsets) else 0
     if 2 * live < signature.num_tokens or not contexts.any():
-        return (
-            f"this batch is mostly idle ({live} of {signature.num_tokens} rows live) and stands for no other"
-        )
+        return f"this batch is mostly idle ({live} of {signature.num_tokens} rows live) and stands for no other"
     return None
 
 
@@ -421,9 +413,7 @@ def _platform_of(asked: str, config: Any) -> str:
 
 def _check_chip(cfg: RaggedPageAttentionv2Config | None, device: Device) -> None:
     if cfg is not None and cfg.backend not in ("any", device.platform):
-        raise ValueError(
-            f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})"
-        )
+        raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
 
 
 def stem(signature: Signature, platform: str, sharding: str) -> str:

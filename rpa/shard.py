@@ -59,9 +59,7 @@ def wrapper(arrays: tuple, options: tuple, platform: Any, cfg: Any, mesh: Any, i
     *_, k_scale, v_scale = arrays
 
     def sharded(*seven: Any) -> Any:
-        return run(
-            (*seven, k_scale, v_scale), options, False, platform, cfg, mesh, in_specs, out_specs, check_vma
-        )
+        return run((*seven, k_scale, v_scale), options, False, platform, cfg, mesh, in_specs, out_specs, check_vma)
 
     return sharded, arrays[:7]
 
@@ -69,18 +67,14 @@ def wrapper(arrays: tuple, options: tuple, platform: Any, cfg: Any, mesh: Any, i
 def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:
     """The caller's wish for output and LSE, each a PartitionSpec or None."""
     pair = isinstance(out_specs, (tuple, list)) and not isinstance(out_specs, PartitionSpec)
-    output, lse = (
-        out_specs if pair else (out_specs, None if out_specs is None else PartitionSpec(*out_specs[:2]))
-    )
+    output, lse = out_specs if pair else (out_specs, None if out_specs is None else PartitionSpec(*out_specs[:2]))
     for spec in (output, lse):
         if spec is not None and not isinstance(spec, PartitionSpec):
             raise TypeError(f"out_specs={out_specs!r}: a PartitionSpec, a pair of them or None is expected")
     return output, lse if signature.return_lse else None
 
 
-def share_of(
-    inputs: Inputs, signature: Signature, mesh: Any, in_specs: Any
-) -> tuple[Signature, Device, Layout]:
+def share_of(inputs: Inputs, signature: Signature, mesh: Any, in_specs: Any) -> tuple[Signature, Device, Layout]:
     """The static part of one device's share, the device it is for, and what is split how.
 
     Raises:
@@ -89,9 +83,7 @@ def share_of(
     check_mesh(mesh)
     plan = layout_of(mesh, in_specs)
     local = local_signature(signature, plan, mesh)
-    here = (
-        devices.describe(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else devices.current(inputs.queries)
-    )
+    here = devices.describe(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else devices.current(inputs.queries)
     return local, here, plan
 
 
@@ -240,9 +232,7 @@ def _together(output: Any, lse: Any, owned: Owned, axes: Axes) -> tuple[Any, Any
 # ------------------------------------------------------------------ pages
 
 
-def _merged_pages(
-    inputs: Inputs, share: Signature, axes: Axes, local: Signature, kernel: Any
-) -> tuple[Any, Any]:
+def _merged_pages(inputs: Inputs, share: Signature, axes: Axes, local: Signature, kernel: Any) -> tuple[Any, Any]:
     """Attend to this device's pages, and weigh the devices' answers by their LSE."""
     ragged = layout.sanitize(inputs, share)
     rows = _rows_over_local_pages(inputs, ragged, share, axes, local)

@@ -127,9 +127,7 @@ class Tuner:
             self._admit(trial, make_fn(trial.config), tuple(args), kwargs, texts)
         alive = [trial for trial in trials if trial.status == "timed"]
         if not alive:
-            raise TuningFailed(
-                "\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates"
-            )
+            raise TuningFailed("\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates")
         rounds, calls = _split(self.iters)
         for _ in self._progress(range(rounds), "timing"):
             if alive[0].seconds and self._clock() - started > self.budget:
@@ -141,9 +139,7 @@ class Tuner:
         self.history.append(report)
         return report.winner
 
-    def _admit(
-        self, trial: Trial, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], texts: dict
-    ) -> None:
+    def _admit(self, trial: Trial, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], texts: dict) -> None:
         """Compile, compare with what is there already, run and judge one candidate."""
         try:
             lowered = _jitted(fn).lower(*args, **kwargs)
@@ -158,9 +154,7 @@ class Tuner:
             output = self._warm(trial.program, args, kwargs)
             judged = isinstance(fn, Program) or self._verify is not None
             wrong = self.verify(fn, args, output) if judged and self.verify is not None else None
-        except (
-            Exception
-        ) as error:  # one candidate's failure must not end the search; it is shown, not swallowed
+        except Exception as error:  # one candidate's failure must not end the search; it is shown, not swallowed
             text = f"{type(error).__name__}: {error}"
             exhausted = any(sign.lower() in text.lower() for sign in _EXHAUSTED)
             trial.status, trial.detail = ("out of resources" if exhausted else "failed"), text
@@ -215,9 +209,7 @@ def verdict(tuner: Any, winner: Any) -> str:
 def why_not(tuner: Any) -> str | None:
     """The reason a tuner may not tune by itself: a `Tuner` without a verifier could crown a wrong candidate."""
     if isinstance(tuner, Tuner) and tuner.verify is None:
-        return (
-            f"no verifier is installed (entry point group {VERIFIERS!r}), and no candidate is timed unjudged"
-        )
+        return f"no verifier is installed (entry point group {VERIFIERS!r}), and no candidate is timed unjudged"
     return None
 
 

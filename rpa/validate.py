@@ -67,9 +67,7 @@ def cap_of(value: Any) -> float | None:
         return None
     cap = number("logits_soft_cap", value, "a positive finite number or None is expected")
     if not (math.isfinite(cap) and cap > 0):
-        raise ValueError(
-            f"logits_soft_cap={cap}: it must be positive and finite; None leaves the logits uncapped"
-        )
+        raise ValueError(f"logits_soft_cap={cap}: it must be positive and finite; None leaves the logits uncapped")
     return cap
 
 
@@ -98,9 +96,7 @@ def check_mask_value(value: Any) -> None:
         return
     mask = number("mask_value", value, "a finite number, at most -1e30, or None is expected")
     if not math.isfinite(mask) or mask > -1e30:
-        raise ValueError(
-            f"mask_value={mask}: it must be finite and at most -1e30 (masked keys weigh 0 whatever it is)"
-        )
+        raise ValueError(f"mask_value={mask}: it must be finite and at most -1e30 (masked keys weigh 0 whatever it is)")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -168,11 +164,7 @@ def int_array(name: str, value: Any, ndim: int, axes: str) -> Any:
     _check_rank(name, array, ndim, axes)
     if array.dtype == np.int32:
         return array
-    if (
-        is_host(array)
-        and array.size
-        and not -INT32_MAX - 1 <= int(array.min()) <= int(array.max()) <= INT32_MAX
-    ):
+    if is_host(array) and array.size and not -INT32_MAX - 1 <= int(array.min()) <= int(array.max()) <= INT32_MAX:
         raise ValueError(f"{name} holds {int(array.max())}: its values must fit int32")
     return as_int32(array)
 
@@ -202,9 +194,7 @@ def head_scales(name: str, value: Any, num_kv_heads: int) -> Any:
     if not jnp.issubdtype(array.dtype, jnp.floating) and not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} has dtype {array.dtype.name}: a float is expected")
     if array.shape not in ((), (num_kv_heads,)):
-        raise ValueError(
-            f"{name} has shape {tuple(array.shape)}: a number or [Hkv] = [{num_kv_heads}] is expected"
-        )
+        raise ValueError(f"{name} has shape {tuple(array.shape)}: a number or [Hkv] = [{num_kv_heads}] is expected")
     if not is_traced(array):
         bad = ~np.isfinite(np.asarray(array, np.float32)) if is_host(value) else np.False_
         if bad.any():
@@ -239,9 +229,7 @@ def count_of(value: Any, max_seqs: int) -> Any:
         return np.full(1, value, np.int32)
     array = _array("num_seqs", value)
     if array.shape not in ((), (1,)):
-        raise ValueError(
-            f"num_seqs has shape {tuple(array.shape)}: an int, a scalar array or an array [1] is expected"
-        )
+        raise ValueError(f"num_seqs has shape {tuple(array.shape)}: an int, a scalar array or an array [1] is expected")
     array = int_array("num_seqs", array.reshape(1), 1, "[1]")
     if is_host(array) and not 0 <= int(array[0]) <= max_seqs:
         raise ValueError(_count_message(int(array[0]), max_seqs))
@@ -252,35 +240,23 @@ def _count_message(count: int, max_seqs: int) -> str:
     return f"num_seqs={count}: it must lie in 0..{max_seqs}, the rows of context_lens"
 
 
-def check_shapes(
-    queries: Any, kv_pages: Any, context_lens: Any, block_tables: Any, query_start_loc: Any
-) -> None:
+def check_shapes(queries: Any, kv_pages: Any, context_lens: Any, block_tables: Any, query_start_loc: Any) -> None:
     """The rules that tie the arrays' shapes to each other."""
     _, num_q_heads, head_dim = queries.shape
     num_pages, page_size, combined, kv_dim = kv_pages.shape
     if head_dim < 1 or num_q_heads < 1:
-        raise ValueError(
-            f"queries has shape {tuple(queries.shape)}: at least one head and one dimension are expected"
-        )
+        raise ValueError(f"queries has shape {tuple(queries.shape)}: at least one head and one dimension are expected")
     if page_size < 1 or num_pages < 1:
-        raise ValueError(
-            f"kv_pages has shape {tuple(kv_pages.shape)}: at least one page of one slot is expected"
-        )
+        raise ValueError(f"kv_pages has shape {tuple(kv_pages.shape)}: at least one page of one slot is expected")
     if combined % 2 or combined < 2:
-        raise ValueError(
-            f"kv_pages has {combined} combined heads: 2 * Hkv is expected, key and value interleaved"
-        )
+        raise ValueError(f"kv_pages has {combined} combined heads: 2 * Hkv is expected, key and value interleaved")
     if kv_dim != head_dim:
         raise ValueError(f"kv_pages has head size {kv_dim}: {head_dim} is expected, as in queries")
     if num_q_heads % (combined // 2):
-        raise ValueError(
-            f"queries has {num_q_heads} heads: a multiple of the {combined // 2} kv heads is expected"
-        )
+        raise ValueError(f"queries has {num_q_heads} heads: a multiple of the {combined // 2} kv heads is expected")
     max_seqs = context_lens.shape[0]
     if block_tables.shape[0] != max_seqs:
-        raise ValueError(
-            f"block_tables has {block_tables.shape[0]} rows: {max_seqs} are expected, as in context_lens"
-        )
+        raise ValueError(f"block_tables has {block_tables.shape[0]} rows: {max_seqs} are expected, as in context_lens")
     if block_tables.shape[1] < 1:
         raise ValueError(
             f"block_tables has shape {tuple(block_tables.shape)}: at least one page a sequence is expected"
@@ -300,10 +276,7 @@ def check_metadata(inputs: Inputs, signature: Signature, everything: bool) -> No
     Raises:
         ValueError: naming argument, sequence and value.
     """
-    arrays = {
-        name: getattr(inputs, name)
-        for name in ("num_seqs", "context_lens", "query_start_loc", "block_tables")
-    }
+    arrays = {name: getattr(inputs, name) for name in ("num_seqs", "context_lens", "query_start_loc", "block_tables")}
     if everything:
         traced = [name for name, array in arrays.items() if is_traced(array)]
         if traced:
@@ -378,9 +351,7 @@ def _check_tables(known: dict[str, np.ndarray], count: int, signature: Signature
     window = signature.sliding_window
     low = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0)
     column = np.arange(signature.pages_per_seq) * signature.page_size
-    seen = (
-        (column < context[:, None]) & (column + signature.page_size > low[:, None]) & (queries > 0)[:, None]
-    )
+    seen = (column < context[:, None]) & (column + signature.page_size > low[:, None]) & (queries > 0)[:, None]
     tables = known["block_tables"][:count]
     bad = seen & ((tables < 0) | (tables >= signature.num_pages))
     if bad.any():

@@ -184,12 +184,20 @@ CASES: dict[str, Callable[[], Case]] = {
         *MIXED, dtype="bfloat16", kv_dtype="float8_e4m3fn", compute_dtype="bfloat16", k_scale=0.5, v_scale=1.7
     ),
     "fp8_e5m2_per_head": lambda: build(
-        *MIXED, dtype="bfloat16", kv_dtype="float8_e5m2", compute_dtype="bfloat16",
-        k_scale=np.array([0.5, 1.25], np.float32), v_scale=np.array([2.0, 0.1], np.float32),
+        *MIXED,
+        dtype="bfloat16",
+        kv_dtype="float8_e5m2",
+        compute_dtype="bfloat16",
+        k_scale=np.array([0.5, 1.25], np.float32),
+        v_scale=np.array([2.0, 0.1], np.float32),
     ),
     "int8_per_head": lambda: build(
-        *MIXED, dtype="bfloat16", kv_dtype="int8", compute_dtype="bfloat16",
-        k_scale=np.array([0.01, 0.02], np.float32), v_scale=np.array([0.05, 0.013], np.float32),
+        *MIXED,
+        dtype="bfloat16",
+        kv_dtype="int8",
+        compute_dtype="bfloat16",
+        k_scale=np.array([0.01, 0.02], np.float32),
+        v_scale=np.array([0.05, 0.013], np.float32),
     ),
     "int8_f32": lambda: build(*MIXED, kv_dtype="int8", k_scale=0.01, v_scale=0.02, sinks=True, sliding_window=7),
     # ------------------------------------------------ sizes past a block

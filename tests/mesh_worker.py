@@ -70,17 +70,13 @@ def answer(scenario: dict[str, Any], arrays: tuple, options: dict[str, Any], **m
         at = {"context_lens": 2, "block_tables": 3, "query_start_loc": 4}[name]
         changed[at] = changed[at].copy()
         changed[at][tuple(place) if isinstance(place, list) else place] = value
-    return jax.jit(lambda *arrays: ragged_page_attention_v2(*arrays, return_lse=True, **options, **mesh))(
-        *changed
-    )
+    return jax.jit(lambda *arrays: ragged_page_attention_v2(*arrays, return_lse=True, **options, **mesh))(*changed)
 
 
 def claim_for(arrays: tuple, options: dict[str, Any], mesh: Mesh, specs: Any) -> Claim:
     """What the backend claims for one device's share; merging pages by LSE is a few roundings in f32 more."""
     full = (*arrays, options.get("k_scale"), options.get("v_scale"))
-    statics = tuple(
-        options.get(name, False if name in ("optimized", "return_lse") else None) for name in OPTIONS
-    )
+    statics = tuple(options.get(name, False if name in ("optimized", "return_lse") else None) for name in OPTIONS)
     _, signature = api.prepare(full, statics, False)
     plan = layout_of(mesh, specs)
     local = local_signature(signature, plan, mesh)

@@ -192,9 +192,7 @@ def test_the_environment_says_where_at_each_use(tmp_path, monkeypatch):
         assert store.get("d", "o", "k") == CFG
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="the default place differs by platform; Linux's is checked"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="the default place differs by platform; Linux's is checked")
 def test_without_a_word_the_users_cache_folder_is_taken(tmp_path, monkeypatch):
     monkeypatch.delenv("RPA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -232,9 +230,7 @@ def test_importing_reads_and_writes_nothing_and_heeds_no_environment(tmp_path):
         "RPA_AUTOTUNE_POLICY": "bogus",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _IMPORT], env=env, text=True, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", _IMPORT], env=env, text=True, capture_output=True)
     assert (done.stdout, done.stderr) == ("[] []\n", "")
 
 

@@ -80,10 +80,7 @@ def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:
     assert "behaves like window_wide" in done.stderr
     (found,) = (folder / "out/failures").iterdir()
     assert {p.name for p in found.iterdir()} == {"case.npz", "reproduce.py"}
-    assert (
-        json.loads((folder / "out/corpus.jsonl").read_text().splitlines()[0])["target"]
-        == "mutant:window_wide"
-    )
+    assert json.loads((folder / "out/corpus.jsonl").read_text().splitlines()[0])["target"] == "mutant:window_wide"
     replayed = rpa_fuzz(folder, "replay", str(found))
     assert replayed.returncode == 1, replayed.stderr
     assert "beyond HARD" in replayed.stderr.replace("\n", " ")
@@ -156,9 +153,7 @@ def test_a_killed_campaign_goes_on_where_it_was_and_repeats_nothing(folder: Path
     first = subprocess.Popen(command(*arguments), cwd=folder, env=environment(), stderr=subprocess.DEVNULL)
     record = folder / "out/record.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (
-        not record.exists() or record.read_text().count('"line":"case"') < 30
-    ):
+    while time.monotonic() < deadline and (not record.exists() or record.read_text().count('"line":"case"') < 30):
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -240,9 +235,7 @@ def test_a_waiver_without_reason_link_or_date_is_refused(tmp_path: Path, text: s
 
 def test_a_crash_waiver_keeps_a_shared_case_from_being_launched() -> None:
     plan = score.drawn(1, 3)[0]
-    waiver = ledger.Waiver(
-        "t", "known", "link", datetime.date(2999, 1, 1), when={"data": plan.data}, crash=True
-    )
+    waiver = ledger.Waiver("t", "known", "link", datetime.date(2999, 1, 1), when={"data": plan.data}, crash=True)
     book = ledger.Ledger([waiver], "t", datetime.date(2026, 1, 1))
     assert book.forbids(plan) is waiver
     assert book.complaints() == []
@@ -270,9 +263,7 @@ def test_campaigns_share_plans_through_a_folder(tmp_path: Path) -> None:
     plans = corpus.fetch(corpus.open_store(share), "model")
     assert plans
     run(tmp_path / "two", share=share, seed=2)
-    judged = {
-        line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"
-    }
+    judged = {line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"}
     assert judged >= {plan.to_json() for plan in plans}
 
 
@@ -307,7 +298,5 @@ def test_two_machines_share_a_campaign_through_redis(tmp_path: Path, redis_url: 
     shared = corpus.fetch(corpus.open_store(redis_url), "model")
     assert shared
     run(tmp_path / "two", share=redis_url, seed=9)
-    judged = {
-        line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"
-    }
+    judged = {line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"}
     assert judged >= {plan.to_json() for plan in shared}

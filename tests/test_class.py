@@ -78,9 +78,7 @@ def test_run_on_a_config_is_the_public_call_on_it():
     call = small_call.arguments()
     answer = RaggedPageAttentionv2().run(**call, cfg=CFG)
     assert np.array_equal(answer, ragged_page_attention_v2(**call, cfg=CFG))
-    windowed = RaggedPageAttentionv2().run(
-        **call, sliding_window=2, platform="xla", cfg=CFG.replace(platform="auto")
-    )
+    windowed = RaggedPageAttentionv2().run(**call, sliding_window=2, platform="xla", cfg=CFG.replace(platform="auto"))
     assert np.array_equal(windowed, ragged_page_attention_v2(**call, sliding_window=2, cfg=CFG))
 
 
@@ -100,9 +98,7 @@ def test_get_impl_gives_the_registered_kernel():
     implementation = RaggedPageAttentionv2().get_impl(CFG)
     assert implementation is kernel_registry.get("ragged_page_attention_v2", "xla", "any")
     call = small_call.arguments()
-    answer = implementation(
-        **call, num_kv_pages_per_block=2, num_queries_per_block=8, num_warps=4, num_stages=1
-    )
+    answer = implementation(**call, num_kv_pages_per_block=2, num_queries_per_block=8, num_warps=4, num_stages=1)
     assert np.array_equal(answer, RaggedPageAttentionv2().run(**call, cfg=CFG))
     with pytest.raises(ValueError, match="cuda"):
         RaggedPageAttentionv2().get_impl(CFG.replace(platform="cuda"))
@@ -124,9 +120,7 @@ def test_the_seeds_thin_invocations_suffice_for_candidates():
     call = small_call.arguments()
     thin = {name: call[name] for name in ("queries", "kv_pages", "block_tables")}
     inv = Invocation(op_id="ragged_page_attention_v2", args=(), kwargs=thin)
-    assert RaggedPageAttentionv2().candidate_cfgs(inv) == RaggedPageAttentionv2().candidate_cfgs(
-        _invocation()
-    )
+    assert RaggedPageAttentionv2().candidate_cfgs(inv) == RaggedPageAttentionv2().candidate_cfgs(_invocation())
     with pytest.raises(ValueError, match="queries is missing"):
         RaggedPageAttentionv2().heuristic_cfg(Invocation("ragged_page_attention_v2", (), {}))
 
@@ -183,9 +177,7 @@ def test_an_unknown_method_is_an_error():
 _HEADS = (PartitionSpec(None, "tp", None), PartitionSpec(None, None, "tp", None), *[PartitionSpec()] * 4)
 
 
-@pytest.mark.parametrize(
-    "specs", [_HEADS, (*_HEADS, PartitionSpec("tp")), None], ids=["six", "seven", "default"]
-)
+@pytest.mark.parametrize("specs", [_HEADS, (*_HEADS, PartitionSpec("tp")), None], ids=["six", "seven", "default"])
 def test_the_wrapper_gives_a_function_and_its_seven_arguments(specs):
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
     call = small_call.arguments()
@@ -196,9 +188,7 @@ def test_the_wrapper_gives_a_function_and_its_seven_arguments(specs):
     assert len(call_args) == 7
     plain = RaggedPageAttentionv2().run(**call, cfg=CFG)
     assert np.array_equal((fn if specs is None else jax.jit(fn))(*call_args), plain)
-    via = _seed_executor()(
-        RaggedPageAttentionv2(), **call, _cfg=CFG, method="shard_map", mesh=mesh, in_specs=specs
-    )
+    via = _seed_executor()(RaggedPageAttentionv2(), **call, _cfg=CFG, method="shard_map", mesh=mesh, in_specs=specs)
     assert np.array_equal(via, plain)
 
 

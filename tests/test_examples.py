@@ -23,9 +23,7 @@ def test_served_tokens_equal_those_of_dense_attention(params):
     served = serving.serve(config, params, requests)
     assert serving.serve_step._cache_size() - before <= 1, "one compilation must serve every batch"
     assert sum(map(len, served)) > 50
-    assert len({token for tokens in served for token in tokens}) > 10, (
-        "random weights that say one thing show nothing"
-    )
+    assert len({token for tokens in served for token in tokens}) > 10, "random weights that say one thing show nothing"
     for request, tokens in zip(requests, served, strict=True):
         assert tokens == serving.dense_generate(config, params, request.prompt, request.max_new)
 
@@ -59,9 +57,7 @@ def test_the_cache_is_written_in_place(params):
 
 def test_keys_and_values_interleave():
     k = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3)
-    pages = jax.jit(serving.write_pages)(
-        np.zeros((2, 4, 4, 3), np.float32), k, -k, np.array([1, 2]), np.array([3, 0])
-    )
+    pages = jax.jit(serving.write_pages)(np.zeros((2, 4, 4, 3), np.float32), k, -k, np.array([1, 2]), np.array([3, 0]))
     np.testing.assert_array_equal(pages[1, 3, 0::2], k[0])
     np.testing.assert_array_equal(pages[1, 3, 1::2], -k[0])
     assert np.count_nonzero(pages) == np.count_nonzero(k[0]) * 2, "the row for page 2 of 2 is padding"
@@ -69,7 +65,5 @@ def test_keys_and_values_interleave():
 
 @pytest.mark.slow
 def test_it_runs_as_a_script():
-    done = subprocess.run(
-        [sys.executable, serving.__file__], capture_output=True, text=True, timeout=300, check=True
-    )
+    done = subprocess.run([sys.executable, serving.__file__], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.count("same as dense") == 8

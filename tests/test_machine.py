@@ -27,9 +27,7 @@ def test_a_right_kernel_survives_the_life_of_a_cache(launch: Launch, window: int
     run_state_machine_as_test(machine_for(right_target(launch), window), settings=STEPS)
 
 
-@pytest.mark.parametrize(
-    "name", ["row_next", "identity", "klen_page_rounded", "window_narrow", "empty_seq_prefetch"]
-)
+@pytest.mark.parametrize("name", ["row_next", "identity", "klen_page_rounded", "window_narrow", "empty_seq_prefetch"])
 def test_a_bookkeeping_bug_does_not(name: str) -> None:
     with pytest.raises(AssertionError, match="beyond HARD"):
         run_state_machine_as_test(machine_for(target_of(name), 6), settings=STEPS)

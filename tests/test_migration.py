@@ -100,9 +100,7 @@ JAX_CHANGES: dict[str, Callable[[dict], object]] = {
 def jax_reference(call: dict) -> np.ndarray:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-    named = {
-        "queries" if name == "q" else name: value for name, value in call.items()
-    }  # the kernel itself says q
+    named = {"queries" if name == "q" else name: value for name, value in call.items()}  # the kernel itself says q
     named = {name: value if np.ndim(value) == 0 else jnp.asarray(value) for name, value in named.items()}
     with jax.default_matmul_precision("highest"):
         return np.asarray(ref_ragged_paged_attention(**named))
@@ -326,9 +324,7 @@ def test_arrays_by_position_or_by_name():
     assert program(*seven, softmax_scale=0.2) != program(**call)
 
 
-@pytest.mark.parametrize(
-    "number", [2, np.float32(2), np.array(2), np.int64(2)], ids=lambda n: type(n).__name__
-)
+@pytest.mark.parametrize("number", [2, np.float32(2), np.array(2), np.int64(2)], ids=lambda n: type(n).__name__)
 def test_scalars_of_any_kind(number):
     call = ejkernel_call()
     plain = program(**call | {"softmax_scale": 2.0, "logits_soft_cap": 2.0})

@@ -98,9 +98,7 @@ def test_every_patch_applies_to_the_sources_as_they_are() -> None:
 
 def test_a_patch_that_no_longer_applies_is_an_error_that_names_it(tmp_path) -> None:
     path = tmp_path / "xla_stale.patch"
-    path.write_text(
-        "# it was\n--- a/rpa/api.py\n+++ b/rpa/api.py\n@@ -1 +1 @@\n-no such line anywhere\n+other\n"
-    )
+    path.write_text("# it was\n--- a/rpa/api.py\n+++ b/rpa/api.py\n@@ -1 +1 @@\n-no such line anywhere\n+other\n")
     stale = pytest.raises(patched.PatchError, match=r"xla_stale.patch does not apply: 0 places")
     with stale, patched.applied(patched.read(path)):
         pass
@@ -118,9 +116,7 @@ def test_a_malformed_patch_is_refused(tmp_path, name: str, text: str, words: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "patch", [p for p in patched.found().values() if p.target == "xla"], ids=lambda p: p.id
-)
+@pytest.mark.parametrize("patch", [p for p in patched.found().values() if p.target == "xla"], ids=lambda p: p.id)
 def test_every_patch_of_the_xla_backend_is_killed(patch) -> None:
     found = score.kill_patch(patch)
     assert found.killed, f"{patch.id} lives after {found.cases} cases"

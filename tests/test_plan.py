@@ -22,9 +22,7 @@ def test_a_plan_reads_back_from_its_json(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{}", '{"shape": {}}', '{"shape": {"tokens": 1}, "lengths": []}', "[1]"]
-)
+@pytest.mark.parametrize("text", ["", "{}", '{"shape": {}}', '{"shape": {"tokens": 1}, "lengths": []}', "[1]"])
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no plan"):
         Plan.from_json(text)

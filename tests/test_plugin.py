@@ -67,9 +67,7 @@ def test_a_wrong_kernel_fails_with_its_smallest_case_and_a_script(folder: Path) 
 
 def test_the_fixtures_judge_cases_in_the_users_own_tests(folder: Path) -> None:
     (folder / "test_own.py").write_text(OWN_TEST)
-    done = run_pytest(
-        folder, "test_own.py", "--rpa-target", "own:right", "-k", "test_one_case or test_another"
-    )
+    done = run_pytest(folder, "test_own.py", "--rpa-target", "own:right", "-k", "test_one_case or test_another")
     assert "2 passed" in done.stdout, done.stdout
     without = run_pytest(folder, "test_own.py")
     assert "2 skipped" in without.stdout
@@ -87,7 +85,5 @@ def test_the_plugin_imports_nothing_heavy() -> None:
     heavy = "('jax', 'numpy', 'hypothesis', 'oracle')"
     code = f"import sys, fuzz.pytest_plugin; print([m for m in {heavy} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

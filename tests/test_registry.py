@@ -165,9 +165,7 @@ def test_an_option_that_an_added_kernel_does_not_take_is_refused_not_ignored(add
     for name, value in options.items():
         assert _answer(platform="cuda", **{name: value}) == 7
         refusals = explain(**small_call.arguments(), platform="cuda", **{name: value}).refusals
-        assert (
-            next(reason for kernel, reason in refusals.items() if "plain" in kernel) == f"it takes no {name}"
-        )
+        assert next(reason for kernel, reason in refusals.items() if "plain" in kernel) == f"it takes no {name}"
 
 
 def test_an_added_kernel_may_say_what_it_supports_and_how_it_is_tuned(add):

@@ -96,9 +96,7 @@ def test_a_browser_shows_the_page(failed, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2400",
                f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}"]  # fmt: skip
-    subprocess.run(
-        [*command, (failed[0] / "report.html").as_uri()], check=True, timeout=120, capture_output=True
-    )
+    subprocess.run([*command, (failed[0] / "report.html").as_uri()], check=True, timeout=120, capture_output=True)
     import matplotlib.image
 
     pixels = matplotlib.image.imread(picture)

@@ -34,9 +34,7 @@ from rpa.select import Query, stem
 from rpa.tune import TuningFailed
 
 STAGES = ("explicit", "overlay", "memory", "persistent", "shipped", "autotune", "heuristic")
-CFGS = {
-    stage: RaggedPageAttentionv2Config(num_queries_per_block=8 * (i + 1)) for i, stage in enumerate(STAGES)
-}
+CFGS = {stage: RaggedPageAttentionv2Config(num_queries_per_block=8 * (i + 1)) for i, stage in enumerate(STAGES)}
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +69,7 @@ def _query(**changes) -> Query:
 
 def _chain(tmp_path, tuner=None, **changes) -> ConfigSelectorChain:
     store = PersistentCache("op", tmp_path / "op.json")
-    return ConfigSelectorChain(
-        ConfigCache(), tuner=tuner or FakeTuner(CFGS["autotune"]), persistent=store, **changes
-    )
+    return ConfigSelectorChain(ConfigCache(), tuner=tuner or FakeTuner(CFGS["autotune"]), persistent=store, **changes)
 
 
 @pytest.mark.parametrize("first", STAGES)
@@ -89,11 +85,7 @@ def test_the_first_stage_that_knows_decides(first, tmp_path, monkeypatch):
     if "persistent" in has:
         assert chain.persistent is not None
         chain.persistent.put(*query.triple, CFGS["persistent"])
-    table = (
-        {"op@0|tokens<=8": {"config": CFGS["shipped"].to_dict(), "note": "measured"}}
-        if "shipped" in has
-        else {}
-    )
+    table = {"op@0|tokens<=8": {"config": CFGS["shipped"].to_dict(), "note": "measured"}} if "shipped" in has else {}
     monkeypatch.setattr(cache, "shipped", lambda kind: table)
     if "autotune" not in has:
         chain = _chain(tmp_path, policy=AutotunePolicy(allow_autotune=False), on_event=chain.on_event)
@@ -253,9 +245,7 @@ def test_inside_jit_a_stored_config_is_used():
     assert re.search(r"rpa_v2__xla__queries4_pages2\b", text)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_seqs": 0}, {"num_seqs": 1}, {"context_lens": np.zeros(3, np.int32)}]
-)
+@pytest.mark.parametrize("changes", [{"num_seqs": 0}, {"num_seqs": 1}, {"context_lens": np.zeros(3, np.int32)}])
 def test_an_idle_batch_is_not_tuned_on(changes, monkeypatch):
     monkeypatch.setenv("RPA_AUTOTUNE_POLICY", "autotune")
     monkeypatch.setattr(select.default_chain(), "tuner", FakeTuner(RuntimeError("tuned on nothing")))

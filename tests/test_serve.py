@@ -35,9 +35,7 @@ def servers(draw):
     chains = draw(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=8))
     requests, clock = [], 0.0
     for chain in chains:
-        ids = tuple(
-            int("1" + "".join(map(str, chain[: i + 1]))) for i in range(len(chain))
-        )  # equal prefix, equal id
+        ids = tuple(int("1" + "".join(map(str, chain[: i + 1]))) for i in range(len(chain)))  # equal prefix, equal id
         prompt = draw(st.integers(1, max(1, len(ids)) * BLOCK_TOKENS + 5 * shrink))
         requests.append(Request(clock, prompt, draw(st.integers(1, 10)), ids))
         clock += draw(st.sampled_from([0.0, 1.0, 7.0]))
@@ -99,9 +97,7 @@ def test_every_request_that_fits_is_served_whole(server):
             last[span.request] = span
     shrunk = [scale.apply(request) for request in requests]
     fitting = {i: r for i, r in enumerate(shrunk) if r.prompt + r.output <= limits.capacity}
-    assert {i: span.stop for i, span in last.items()} == {
-        i: r.prompt + r.output - 1 for i, r in fitting.items()
-    }
+    assert {i: span.stop for i, span in last.items()} == {i: r.prompt + r.output - 1 for i, r in fitting.items()}
     assert scheduler.counts["finished"] == len(fitting)
     assert scheduler.skipped.total() == len(requests) - len(fitting)
 
@@ -117,9 +113,7 @@ def test_every_slot_a_row_sees_holds_what_was_written_for_it(server):
             shadow = {slot: content for slot, content in shadow.items() if slot[0] != page}
         for write in step.writes:
             for slot in range(write.lo, write.hi):
-                assert shadow.get((write.page, slot), write.content) == write.content, (
-                    "a live slot was overwritten"
-                )
+                assert shadow.get((write.page, slot), write.content) == write.content, "a live slot was overwritten"
                 shadow[write.page, slot] = write.content
         for span in step.spans:
             blocks = requests[span.request].blocks
@@ -164,14 +158,10 @@ def test_requests_with_equal_blocks_share_pages_until_the_last_one_ends():
         assert not set(spans[0].pages[7:]) & set(spans[1].pages[7:])
     first = both[0][1]
     assert first.start == 7 * 16, "shared tokens are not computed again"
-    assert not {write.page for step in steps if step.clock >= 20.0 for write in step.writes} & set(
-        first.pages[:7]
-    )
+    assert not {write.page for step in steps if step.clock >= 20.0 for write in step.writes} & set(first.pages[:7])
     ends = [step.index for step in steps if any(span.request == 1 for span in step.spans)][-1]
     after = [step for step in steps if step.index > ends]
-    assert not set(both[0][0].pages[:7]) & {page for step in after for page in step.freed}, (
-        "the first still owns them"
-    )
+    assert not set(both[0][0].pages[:7]) & {page for step in after for page in step.freed}, "the first still owns them"
     assert all(step.shared() == 7 for step in steps if len(step.spans) == 2)
 
 

@@ -136,9 +136,7 @@ def test_several_processes(processes):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    started = [
-        _run(ACROSS, [str(8 // processes), coordinator, str(processes), str(i)]) for i in range(processes)
-    ]
+    started = [_run(ACROSS, [str(8 // processes), coordinator, str(processes), str(i)]) for i in range(processes)]
     for process in started:
         for name, result in _results(ACROSS, process).items():
             _check(name, ACROSS[name], result)

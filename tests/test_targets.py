@@ -46,9 +46,7 @@ def test_a_target_that_cannot_be_loaded_says_what_was_looked_for(name: str, word
 def test_a_function_of_the_working_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "own_kernel.py").write_text("def f(*arrays, **options):\n    return arrays[0]\n")
     code = "from fuzz.targets import load; print(load('own_kernel:f').name)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "own_kernel:f"
 
 

@@ -16,9 +16,7 @@ MOONCAKE = (
     '{"timestamp": 52, "input_length": 513, "output_length": 1, "hash_ids": [0, 9]}\n'
 )
 AZURE = (
-    "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-    "2023-11-16 18:17:03.9799600,4808,10\n"
-    "2023-11-16 18:17:04.0319600,3180,8\n"
+    "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319600,3180,8\n"
 )
 REAL = Path(__file__).parents[2] / "shared" / "traces"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="../shared/traces is not on this machine")

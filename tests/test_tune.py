@@ -239,9 +239,9 @@ def test_autotune_never_crowns_a_kernel_that_is_wrong():
     )
     inputs, signature = _call()
     wide = RaggedPageAttentionv2Config(num_warps=8)
-    kernel_registry.register(
-        "ragged_page_attention_v2", "cuda", "any", candidates=lambda signature, device: (wide,)
-    )(shortcut)
+    kernel_registry.register("ragged_page_attention_v2", "cuda", "any", candidates=lambda signature, device: (wide,))(
+        shortcut
+    )
     try:
         choice = select.choose(signature, current(), "auto", None, inputs=inputs, chain=chain)
         report = chain.tuner.history[-1]

@@ -145,9 +145,7 @@ def test_what_a_kernel_raises_is_its_failure_in_one_line(rpa_verify):
 def test_a_hopeless_kernel_is_not_asked_for_ever(rpa_verify):
     code, _, _, result = rpa_verify(platform="raises", steps=9)
     assert (code, result["failed"]) == (1, 4 * 3)
-    assert [count for reason, count in result["skipped"].items() if "not run after 3 failures" in reason] == [
-        6
-    ] * 4
+    assert [count for reason, count in result["skipped"].items() if "not run after 3 failures" in reason] == [6] * 4
 
 
 def test_a_declared_gap_is_counted_and_the_rest_is_verified(rpa_verify):
@@ -249,9 +247,7 @@ def test_a_usage_error_is_one_line_and_exit_2(tmp_path, monkeypatch, name):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x89PNG\r\n\x1a\n", MOONCAKE[:-9].encode()], ids=["empty", "png", "cut"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", MOONCAKE[:-9].encode()], ids=["empty", "png", "cut"])
 def test_a_trace_that_is_none_is_refused_before_anything_runs(rpa_verify, tmp_path, content):
     (tmp_path / "trace").write_bytes(content)
     code, text, errors, result = rpa_verify("--trace", "trace", platform="raises")

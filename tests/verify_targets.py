@@ -110,9 +110,7 @@ boundless.claim = Claim(
 )  # fmt: skip
 
 
-def takes_the_contracts_arguments_only(
-    *arrays, softmax_scale, logits_soft_cap, sliding_window, compute_dtype
-):
+def takes_the_contracts_arguments_only(*arrays, softmax_scale, logits_soft_cap, sliding_window, compute_dtype):
     return right(
         *arrays, softmax_scale=softmax_scale, logits_soft_cap=logits_soft_cap, sliding_window=sliding_window,
         compute_dtype=compute_dtype,

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 from ejkernel.kernels._xla.ragged_page_attention_v2 import ragged_page_attention_v2  # type: ignore[import-not-found]
 
 
-def attention(
-    q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any
-):
+def attention(q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any):
     """The contract's arguments; `compute_dtype` arrives by name."""
     options["compute_dtype"] = jnp.dtype(options["compute_dtype"])
     return ragged_page_attention_v2(q, kv, lens, tables, starts, num_seqs, softmax_aux=sinks, **options)

@@ -12,24 +12,18 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as upstream
 
 
-def _call(
-    kernel: Any, q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, options: dict[str, Any]
-):
+def _call(kernel: Any, q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, options: dict[str, Any]):
     scale = q.shape[2] ** -0.5 if options["softmax_scale"] is None else options["softmax_scale"]
     return kernel(q, kv, lens, tables, starts, num_seqs, sm_scale=scale,
                   sliding_window=options["sliding_window"], soft_cap=options["logits_soft_cap"])  # fmt: skip
 
 
-def attention(
-    q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any
-):
+def attention(q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any):
     """The Pallas TPU kernel."""
     return _call(upstream.ragged_paged_attention, q, kv, lens, tables, starts, num_seqs, options)
 
 
-def reference(
-    q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any
-):
+def reference(q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any):
     """The reference; rows that nobody owns are filled with the zeros it leaves out."""
     live = _call(upstream.ref_ragged_paged_attention, q, kv, lens, tables, starts, num_seqs, options)
     return jnp.zeros(q.shape, q.dtype).at[: len(live)].set(live)
@@ -45,7 +39,6 @@ def _gap(case: Any) -> str | None:
 
 reference.supports = _gap  # type: ignore[attr-defined]
 attention.supports = lambda case: (  # type: ignore[attr-defined]
-    _gap(case)
-    or (None if jax.default_backend() == "tpu" else f"it needs a TPU, this is {jax.default_backend()}")
+    _gap(case) or (None if jax.default_backend() == "tpu" else f"it needs a TPU, this is {jax.default_backend()}")
 )
 attention.jax_arrays = reference.jax_arrays = True  # type: ignore[attr-defined]

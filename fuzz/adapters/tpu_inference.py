@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def attention(
-    q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any
-):
+def attention(q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any):
     """The contract's call: the last tokens of each sequence are taken out of the pages and handed over as new."""
     from tpu_inference.kernels.ragged_paged_attention.v3.kernel import (  # type: ignore[import-not-found]
         ragged_paged_attention,

@@ -15,9 +15,7 @@ import numpy as np
 def separate(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of the contract's arguments over one that takes keys and values apart, live metadata only."""
 
-    def call(
-        q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any
-    ):
+    def call(q: Any, kv: Any, lens: Any, tables: Any, starts: Any, num_seqs: Any, sinks: Any = None, **options: Any):
         count = int(np.asarray(num_seqs).reshape(-1)[0])
         scale = q.shape[2] ** -0.5 if options["softmax_scale"] is None else options["softmax_scale"]
         window = options["sliding_window"]
@@ -53,9 +51,7 @@ def _flash(
     from vllm.vllm_flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     def cuda(a: Any) -> Any:
-        wide = torch.from_numpy(
-            np.ascontiguousarray(a, np.float32 if a.dtype.kind in "fV" else a.dtype)
-        ).cuda()
+        wide = torch.from_numpy(np.ascontiguousarray(a, np.float32 if a.dtype.kind in "fV" else a.dtype)).cuda()
         return wide.to(getattr(torch, str(a.dtype))) if a.dtype.kind in "fV" else wide
 
     rows, longest = int(np.diff(starts).max(initial=1)), int(lens.max(initial=1))

@@ -17,9 +17,7 @@ def bench(
     platform: Annotated[str | None, typer.Option(help="Only this backend: xla, triton, pallas.")] = None,
     only: Annotated[str, typer.Option(help="Only cells whose name contains this text.")] = "",
     peers: Annotated[bool, typer.Option(help="Also time the peers that are installed.")] = True,
-    history: Annotated[
-        list[Path] | None, typer.Option(help="Earlier records for the page's history.")
-    ] = None,
+    history: Annotated[list[Path] | None, typer.Option(help="Earlier records for the page's history.")] = None,
 ) -> None:
     """Benchmark verified cases on this machine's device, against its measured ceilings.
 

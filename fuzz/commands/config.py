@@ -43,9 +43,7 @@ def explain(
         preset = model_named(model)
         layers = [entry for entry in preset.layers if layer in (None, entry.name)]
         if not layers:
-            raise ValueError(
-                f"{model} has no layer {layer!r}; there are {', '.join(x.name for x in preset.layers)}"
-            )
+            raise ValueError(f"{model} has no layer {layer!r}; there are {', '.join(x.name for x in preset.layers)}")
         for entry in layers:
             print(f"{model} {entry.name}: {tokens} rows, {seqs} sequences, pages of {page}")
             print(_explained(preset, entry, tokens, seqs, context, page, platform), end="\n\n")
@@ -156,9 +154,7 @@ def show() -> None:
     print(f"{store.path}: {len(entries)} configs")
     for key, entry in sorted(entries.items()):
         config = entry.get("config") if isinstance(entry, dict) else entry
-        shown = (
-            {name: value for name, value in config.items() if value} if isinstance(config, dict) else config
-        )
+        shown = {name: value for name, value in config.items() if value} if isinstance(config, dict) else config
         print(f"  {key}\n    {shown}  {entry.get('note', '') if isinstance(entry, dict) else ''}")
 
 

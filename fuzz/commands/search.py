@@ -43,23 +43,13 @@ def _load(name: str) -> Any:
 
 @app.command()
 def run(
-    target: Annotated[
-        str, typer.Option(help="one of our backends, an adapter, mutant:ID, or module:function")
-    ],
-    budget: Annotated[
-        str | None, typer.Option(help="time, as 90s, 10m, 2h; what the record holds counts")
-    ] = None,
-    max_examples: Annotated[
-        int | None, typer.Option(min=1, help="cases; what the record holds counts")
-    ] = None,
+    target: Annotated[str, typer.Option(help="one of our backends, an adapter, mutant:ID, or module:function")],
+    budget: Annotated[str | None, typer.Option(help="time, as 90s, 10m, 2h; what the record holds counts")] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="cases; what the record holds counts")] = None,
     seed: Annotated[int, typer.Option(help="of the stream of cases")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="processes, each with its own stream")] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="folder of the campaign; one that exists is resumed")
-    ] = None,
-    case_timeout: Annotated[
-        float, typer.Option(help="seconds one case may take, compilation included")
-    ] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="folder of the campaign; one that exists is resumed")] = None,
+    case_timeout: Annotated[float, typer.Option(help="seconds one case may take, compilation included")] = 120.0,
     max_failures: Annotated[int, typer.Option(min=1, help="stop at this many distinct failures")] = 3,
     share: Annotated[
         str | None, typer.Option(help="redis://host:port or a folder that other campaigns use too")
@@ -143,9 +133,7 @@ def _progress(settings: Any, console: Any) -> Any:
 @app.command()
 def replay(
     case: Annotated[Path, typer.Argument(help="case.npz, a failure's folder, or a plan as JSON (file)")],
-    target: Annotated[
-        str | None, typer.Option(help="default: the target of the campaign the case lies in")
-    ] = None,
+    target: Annotated[str | None, typer.Option(help="default: the target of the campaign the case lies in")] = None,
 ) -> None:
     """Judge one case again and print the verdict."""
     import json
@@ -191,13 +179,9 @@ def mutants(
     cases: Annotated[int, typer.Option(min=1, help="most cases a mutant")] = 300,
     only: Annotated[str | None, typer.Option(help="regular expression on ids or groups")] = None,
     listed: Annotated[bool, typer.Option("--list", help="only list the catalogue")] = False,
-    sources: Annotated[
-        bool, typer.Option("--patches", help="also the source patches of the real kernels")
-    ] = False,
+    sources: Annotated[bool, typer.Option("--patches", help="also the source patches of the real kernels")] = False,
     usual: Annotated[bool, typer.Option(help="also what the usual judges kill")] = True,
-    alarms: Annotated[
-        int, typer.Option(min=0, help="cases of the right kernel that must raise no alarm")
-    ] = 2000,
+    alarms: Annotated[int, typer.Option(min=0, help="cases of the right kernel that must raise no alarm")] = 2000,
     out: Annotated[Path | None, typer.Option(help="write kills.json here")] = None,
 ) -> None:
     """The mutation score: which known bugs are caught, and after how many cases."""

@@ -36,15 +36,11 @@ class UsageError(Exception):
 def verify(
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Mooncake .jsonl or Azure .csv trace; without one, requests are drawn from statistics."
-        ),
+        typer.Option(help="Mooncake .jsonl or Azure .csv trace; without one, requests are drawn from statistics."),
     ] = None,
     platform: Annotated[
         str | None,
-        typer.Option(
-            help="xla, triton, pallas, cuda, auto, or module:function. Default: every one that runs here."
-        ),
+        typer.Option(help="xla, triton, pallas, cuda, auto, or module:function. Default: every one that runs here."),
     ] = None,
     model: Annotated[
         str, typer.Option(help="tiny, llama3-8b, llama3-70b-tp8, mistral-7b, gemma2 or gpt-oss.")
@@ -54,17 +50,13 @@ def verify(
     budget: Annotated[str, typer.Option(help="Stop so long after the first step: 90, 90s, 10m or 2h.")] = "60s",
     scale: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Prompt tokens of the trace to one of the replay. Default: so that 99 % fit."
-        ),
+        typer.Option(min=1, help="Prompt tokens of the trace to one of the replay. Default: so that 99 % fit."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the result there.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for failing cases.")] = Path(".rpa/verify"),
     interpret: Annotated[
         bool,
-        typer.Option(
-            "--interpret", help="Let --platform pallas run in its interpreter where there is no TPU; slow."
-        ),
+        typer.Option("--interpret", help="Let --platform pallas run in its interpreter where there is no TPU; slow."),
     ] = False,
 ) -> None:
     """Replay the steps of a server against every backend that runs here, each judged by the oracle.
@@ -90,9 +82,7 @@ def _one_blas_thread() -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def _verify(
-    trace: Path | None, platform: str | None, model: str, seed: int, interpret: bool, options: dict
-) -> int:
+def _verify(trace: Path | None, platform: str | None, model: str, seed: int, interpret: bool, options: dict) -> int:
     """From options to exit code; whatever can be wrong with the options is found before anything slow."""
     from fuzz.models import model_named
     from fuzz.trace import TraceError
@@ -101,9 +91,7 @@ def _verify(
         chosen = model_named(model)
         requests, scan, source = _requests(trace, seed)
     except (TraceError, ValueError) as error:
-        raise UsageError(
-            f"--trace {error}" if isinstance(error, TraceError) else f"--model {error}"
-        ) from None
+        raise UsageError(f"--trace {error}" if isinstance(error, TraceError) else f"--model {error}") from None
     _check_writable(options["json"])
     try:
         targets, refused = targets_for(platform, interpret)
@@ -171,9 +159,7 @@ def targets_for(platform: str | None, interpret: bool) -> tuple[list[Target], di
     if platform is not None and platform not in known:
         guess = get_close_matches(platform, known, 1)
         hint = f" (did you mean {guess[0]}?)" if guess else ""
-        raise UsageError(
-            f"--platform {platform}: unknown{hint}; there are {', '.join(known)}, or module:function"
-        )
+        raise UsageError(f"--platform {platform}: unknown{hint}; there are {', '.join(known)}, or module:function")
     wanted = [slot for slot in slots if platform in (None, "auto", slot.platform, slot.name)]
     here, able, refused = device.current(), [], {}
     for slot in wanted:

@@ -32,9 +32,7 @@ def show(report: Report, scan: Scan, remarks: Counter[str], console: Console | N
     plan = report.plan
     console.print(f"[bold]{plan.model.name}[/] on {plan.source}, seed {plan.seed}", highlight=False)
     scale = (
-        f"1 of {plan.scale.prompt} prompt and 1 of {plan.scale.output} output tokens; "
-        if plan.scale.prompt > 1
-        else ""
+        f"1 of {plan.scale.prompt} prompt and 1 of {plan.scale.output} output tokens; " if plan.scale.prompt > 1 else ""
     )
     console.print(
         f"{scale}{plan.limits.tokens} tokens and {plan.limits.seqs} sequences a step, {plan.limits.pages} pages of "
@@ -67,9 +65,7 @@ def _table(report: Report) -> Table:
             f"{score.rows}", f"{score.ratio:.2f}", "-" if score.lse_ratio is None else f"{score.lse_ratio:.2f}",
             f"{score.first:.1f}", f"{(score.seconds - score.first) * 500 / later:.1f}" if later > 0 else "-",
         )  # fmt: skip
-    table.caption = (
-        "worst: largest error / bound, above 1 fails; first: s, with compilation; ms: a later call"
-    )
+    table.caption = "worst: largest error / bound, above 1 fails; first: s, with compilation; ms: a later call"
     table.caption_justify = "left"
     return table
 
@@ -87,9 +83,7 @@ def _uncovered(report: Report, scan: Scan) -> list[str]:
     layers = report.plan.model.layers
     reasons = {
         "shared pages": None if scan.with_blocks else "the trace has no hash_ids",
-        "window shorter than a context": None
-        if any(y.sliding_window for y in layers)
-        else "not in this model",
+        "window shorter than a context": None if any(y.sliding_window for y in layers) else "not in this model",
         "soft cap": None if any(y.logits_soft_cap for y in layers) else "not in this model",
         "sinks": None if any(y.sinks for y in layers) else "not in this model",
     }

@@ -35,9 +35,7 @@ class Mutant:
         return Launch(TILES.block_q, self.block_k, self.splits, self.shards, frozenset({self.id}))
 
 
-def _group(
-    group: str, *lines: str, splits: int = 1, shards: int = 1, block_k: int = TILES.block_k
-) -> list[Mutant]:
+def _group(group: str, *lines: str, splits: int = 1, shards: int = 1, block_k: int = TILES.block_k) -> list[Mutant]:
     pairs = (line.split(" ", 1) for line in lines)
     return [Mutant(name, group, text.strip(), splits, shards, block_k) for name, text in pairs]
 

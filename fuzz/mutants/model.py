@@ -189,9 +189,7 @@ def _sequence(call: Call, s: int, start: int, stop: int, output: np.ndarray) -> 
         last = min(first + tile, stop)
         if call.has("q_tail_dropped") and last - first < tile and first > start:
             return
-        begin = (
-            max(0, len(output) - tile) if call.has("q_tile_clamped") and first + tile > len(output) else first
-        )
+        begin = max(0, len(output) - tile) if call.has("q_tile_clamped") and first + tile > len(output) else first
         rows = np.arange(first, last) - first + begin  # where a clamped tile reads its rows
         position = context - (stop - start) + np.arange(first - start, last - start)  # [rows]
         output[first:last] = _tile(call, s, rows, position, context)
@@ -250,9 +248,7 @@ def _bounds(call: Call, position: np.ndarray, context: int) -> tuple[np.ndarray,
         anchor = np.full_like(position, context - 1)
     low = np.maximum(anchor - window + 1, 0)
     if call.has("window_block_skip_off"):  # a whole block too many is skipped when the edge falls inside one
-        low = np.where(
-            low % call.launch.block_k > call.launch.block_k // 2, -(-low // call.launch.block_k), 0
-        )
+        low = np.where(low % call.launch.block_k > call.launch.block_k // 2, -(-low // call.launch.block_k), 0)
         low = np.maximum(low * call.launch.block_k, np.maximum(anchor - window + 1, 0))
     return low, np.minimum(high, context)
 
@@ -360,9 +356,7 @@ def _sink_rows(call: Call, rows: int) -> np.ndarray | None:
     if call.has("mod_map"):
         sinks = sinks.reshape(call.group, call.kv_heads).T
     per_group = sinks.reshape(call.kv_heads, 1, call.group)
-    return np.broadcast_to(per_group, (call.kv_heads, rows // call.group, call.group)).reshape(
-        call.kv_heads, rows, 1
-    )
+    return np.broadcast_to(per_group, (call.kv_heads, rows // call.group, call.group)).reshape(call.kv_heads, rows, 1)
 
 
 def _load_block(
@@ -443,9 +437,7 @@ def _through_buffer(call: Call, k: np.ndarray, v: np.ndarray, step: int) -> tupl
     if call.has("stale_v") and step:
         return k, old_v
     if call.has("wait_removed") and step:  # the copy has not arrived in full
-        return np.concatenate([k[:, :half], old_k[:, half:]], 1), np.concatenate(
-            [v[:, :half], old_v[:, half:]], 1
-        )
+        return np.concatenate([k[:, :half], old_k[:, half:]], 1), np.concatenate([v[:, :half], old_v[:, half:]], 1)
     if call.has("wrong_slot") and step % 2:
         return old_k, old_v
     if call.has("sem_shared") and step:  # the wait for V was satisfied by the copy of K
@@ -479,9 +471,7 @@ def _mask(call: Call, keys: np.ndarray, low: np.ndarray, high: np.ndarray, posit
         low = np.zeros_like(low)
     seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
     if call.has("klen_missing"):  # the last block is attended to its end
-        seen = (keys[None, :] >= low[:, None]) & (
-            (keys[None, :] < high[:, None]) | (keys[None, :] >= context)
-        )
+        seen = (keys[None, :] >= low[:, None]) & ((keys[None, :] < high[:, None]) | (keys[None, :] >= context))
     if call.has("last_key_dropped") and context % call.launch.block_k == 0:
         seen &= keys[None, :] != context - 1
     if call.has("first_key_dropped"):
@@ -529,9 +519,7 @@ def _combine(call: Call, parts: list[State], rows: int) -> np.ndarray:
     """[rows, Hq, D]: merge the splits by their maxima and divide once."""
     if call.has("no_lse") and len(parts) > 1:
         with_keys = [part for part in parts if part.l.any()] or parts
-        output = sum(
-            np.where(part.l > 0, part.acc / np.where(part.l > 0, part.l, 1), 0) for part in with_keys
-        )
+        output = sum(np.where(part.l > 0, part.acc / np.where(part.l > 0, part.l, 1), 0) for part in with_keys)
         return _store(call, output / F32(len(with_keys)), rows)
     m = np.max([part.m for part in parts], axis=0)
     safe = m if call.has("empty_nan") else np.where(np.isneginf(m), F32(0), m)
@@ -557,9 +545,7 @@ def _store(call: Call, output: Any, rows: int) -> np.ndarray:
     return output.transpose(1, 0, 2, 3).reshape(rows, heads * group, -1)
 
 
-def _mean_where_blind(
-    call: Call, s: int, output: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
+def _mean_where_blind(call: Call, s: int, output: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """A row that sees no key gets the mean of the first block: what a finite mask value gives."""
     blind = high <= low
     if not blind.any():

@@ -59,9 +59,7 @@ def read(path: Path) -> Patch:
     """The patch in a file."""
     kernel = next((k for k in KERNELS if path.stem.startswith(f"{k}_")), None)
     if kernel is None:
-        raise PatchError(
-            f"{path.name}: the name must be <kernel>_<id>.patch, kernel one of {', '.join(KERNELS)}"
-        )
+        raise PatchError(f"{path.name}: the name must be <kernel>_<id>.patch, kernel one of {', '.join(KERNELS)}")
     first = path.read_text().splitlines()[:1]
     if not first or not first[0].startswith("# "):
         raise PatchError(f"{path.name}: the first line must be '# what it does'")

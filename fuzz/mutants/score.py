@@ -162,9 +162,7 @@ class Usual:
     """A judge as found in the field: a tolerance, and the data it is used with."""
 
     name: str
-    accuses: Callable[
-        [np.ndarray, np.ndarray, np.ndarray, str], bool
-    ]  # (got, expected, low precision, dtype)
+    accuses: Callable[[np.ndarray, np.ndarray, np.ndarray, str], bool]  # (got, expected, low precision, dtype)
     layouts: str  # "ours" | "published"
 
 
@@ -185,8 +183,7 @@ USUAL = (
 def _twice(got: np.ndarray, expected: np.ndarray, low: np.ndarray) -> bool:
     rounding = np.max(np.abs((expected + 0.3 - 0.3) - expected), initial=0.0)
     return bool(
-        np.max(np.abs(got - expected), initial=0)
-        <= 2 * np.max(np.abs(low - expected), initial=0) + 2 * rounding
+        np.max(np.abs(got - expected), initial=0) <= 2 * np.max(np.abs(low - expected), initial=0) + 2 * rounding
     )
 
 

@@ -36,8 +36,8 @@ def h200() -> str:
     mosaic = json.loads((RECORDS / "h200_mgpu_2026-11-22.json").read_text())
     cells = {(c["cell"], c["page"]): c for c in mosaic["cells"] if not c["options"] and c["ratio"]}
     lines = [
-        f"{triton['date']}, one H200, jax {mosaic['versions']['jax']}, triton {mosaic['versions']['triton']}: time on the "
-        "device in microseconds; in brackets over the better of FlashAttention-3 and vLLM in the same run.",
+        f"{triton['date']}, one H200, jax {mosaic['versions']['jax']}, triton {mosaic['versions']['triton']}: "
+        "time on the device in microseconds; in brackets over the better of FlashAttention-3 and vLLM in the same run.",
         "",
         "| cell | page | Triton | Mosaic GPU |",
         "|---|---|---|---|",

@@ -273,9 +273,7 @@ def main() -> None:
     served = serve(config, params, requests)
     for request, tokens in zip(requests, served, strict=True):
         dense = dense_generate(config, params, request.prompt, request.max_new)
-        print(
-            f"prompt of {len(request.prompt):2} -> {tokens}  {'same as dense' if tokens == dense else dense}"
-        )
+        print(f"prompt of {len(request.prompt):2} -> {tokens}  {'same as dense' if tokens == dense else dense}")
 
 
 if __name__ == "__main__":
