@@ -31,6 +31,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     inputs = inputs._replace(kv_pages=pages, queries=inputs.queries.astype(shape.dtype))
     own = plan.owners(inputs, shape)
     if todo.prefill is None:
+        assert todo.decode is not None, "a program has at least one role"
         rows = plan.decode_rows(own, shape.tokens)
         units = plan.units_of_rows(rows, shape, todo.decode)
         parts = decode.partials(
@@ -57,6 +58,7 @@ def grouped(queries, shape: Shape):
 
 def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Shape, todo: Program):
     """Output [T, Hq, D] and lse [T, Hq] or None, of every row."""
+    assert todo.prefill is not None, "decode alone needs no tiles of prefill"
     shortest = 1 if todo.decode is None else 2
     work = plan.prefill_tiles(own, shape, todo.prefill, shortest)
     tokens = max(-(-shape.tokens // 8) * 8, prefill.M)

@@ -1,6 +1,6 @@
 # Pallas refs and transforms are typed for its own use, not for callers.
 # pyright: reportArgumentType=false, reportAbstractUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
 """Many query rows against a cache: the compute-bound half of the Hopper kernel.
 
 A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd): one consumer
