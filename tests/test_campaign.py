@@ -61,17 +61,17 @@ def rpa_fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_right_kernel_passes_and_leaves_a_report(folder: Path) -> None:
-    done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "40", "--out", "out")
+    done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "20", "--out", "out")
     assert done.returncode == 0, done.stderr
     whole = json.loads((folder / "out/summary.json").read_text())
-    assert (whole["status"], whole["verified"] + whole["vacuous"], whole["failed"]) == ("pass", 40, 0)
+    assert (whole["status"], whole["verified"] + whole["vacuous"], whole["failed"]) == ("pass", 20, 0)
     assert 0 < whole["worst_ratio"]["own:right"] <= 1
-    assert whole["exact_cases"] >= 4
+    assert whole["exact_cases"] >= 1
     assert {"report.md", "report.html", "record.jsonl"} <= {p.name for p in (folder / "out").iterdir()}
     # The budget counts what the record holds: nothing is left to do.
-    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "40", "--out", "out")
+    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "20", "--out", "out")
     assert again.returncode == 0
-    assert read_record(folder / "out").cases == 40
+    assert read_record(folder / "out").cases == 20
 
 
 def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:

@@ -65,6 +65,7 @@ def test_a_wrong_kernel_fails_with_its_smallest_case_and_a_script(folder: Path) 
     assert "from own import wrong as target" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_fixtures_judge_cases_in_the_users_own_tests(folder: Path) -> None:
     (folder / "test_own.py").write_text(OWN_TEST)
     done = run_pytest(folder, "test_own.py", "--rpa-target", "own:right", "-k", "test_one_case or test_another")
