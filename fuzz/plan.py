@@ -264,4 +264,5 @@ _OPENING = _opening(
     "f32         1 2 2   3 none 5  none  wide   default",
     "bf16_as_f32 16 1 2  8 few  -  none  long   default",
     "int8        8 2 2  64 none 30 sinks medium default",
+    "f32        32 1 2   8 wide 5  sinks long   default",
 )
