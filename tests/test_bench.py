@@ -131,6 +131,42 @@ def test_noise_is_told_by_the_samples():
     assert calm.spread < 0.05 < busy.spread
 
 
+def test_slowdown_that_hides_in_the_noise_of_each_cell_is_told_by_their_mean():
+    names = [f"cell {i}" for i in range(20)]
+    before, after = (made(*(result(s, 0.08, cell=name) for name in names)) for s in (1.0, 1.1))
+    comparison = record.compare(before, after)
+    assert not any(change.regressed for change in comparison.changes)
+    assert comparison.failed
+    assert [change.cell for change in comparison.regressions] == ["geometric mean of 20 cells"]
+
+
+def test_killed_run_resumes(tmp_path, monkeypatch):
+    """What the record holds is not measured again; what it lacks is."""
+    other, counted = cells.decode("tiny", "full", 1, 24, page=8), []
+    monkeypatch.setattr(ceilings, "measure", lambda: CEILINGS)
+    monkeypatch.setattr(cells, "cells_for", lambda chip: [CELL, other])
+    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel()])
+    one = run.one
+    monkeypatch.setattr(run, "one", lambda batch, *rest: counted.append(batch.cell.name) or one(batch, *rest))
+    path = tmp_path / "a.json"
+    path.write_text(made(result(backend="model")).to_json())
+    assert session.main(path, None, None, [], "", False, [], resume=True) == session.PASS
+    assert counted == [other.name]
+    assert {r.cell for r in record.load(path).results} == {CELL.name, other.name}
+
+
+def test_record_of_other_versions_is_not_resumed(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(dataclasses.replace(made(result()), versions={"jax": "0.1"}).to_json())
+    with pytest.raises(record.RecordError, match=r"jax 0\.1 then"):
+        record.resumed(path)
+
+
+def test_few_rows_of_long_contexts_are_judged():
+    batch = arrays.make(cells.prefill("tiny", "full", 1, 64, on=arrays.JUDGED_KEYS // 4), cache_bytes=0)
+    assert 1 <= len(batch.judged) <= 4
+
+
 # ------------------------------------------------------------------ files and page
 
 
@@ -149,12 +185,12 @@ def test_foreign_file_is_named(tmp_path, text):
 
 
 def test_missing_compare_file_is_a_usage_error(tmp_path, capsys):
-    assert session.main(None, None, tmp_path / "none.json", None, "", False, []) == session.USAGE
+    assert session.main(None, None, tmp_path / "none.json", [], "", False, []) == session.USAGE
     assert "none.json" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_unknown_platform_is_a_usage_error(capsys):
-    assert session.main(None, None, None, "tritn", "", False, []) == session.USAGE
+    assert session.main(None, None, None, ["tritn"], "", False, []) == session.USAGE
     assert "tritn" in capsys.readouterr().out
 
 
@@ -174,7 +210,7 @@ def test_session_writes_record_and_page(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "cells_for", lambda chip: [CELL])
     monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel()])
     json_path, html_path = tmp_path / "a.json", tmp_path / "a.html"
-    assert session.main(json_path, html_path, None, None, "", False, []) == session.PASS
+    assert session.main(json_path, html_path, None, [], "", False, []) == session.PASS
     assert json.loads(json_path.read_text())["results"][0]["status"] == "pass"
     monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel(wrong=1.0)])
-    assert session.main(None, None, json_path, None, "", False, []) == session.FAIL
+    assert session.main(None, None, json_path, [], "", False, []) == session.FAIL

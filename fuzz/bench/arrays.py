@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fuzz.bench.cells import Cell
-from oracle import Case
+from oracle import Case, Claim
+from oracle.bound import Analysis, analyse
+from oracle.claim import default_claim
 
 _POOL_BYTES = 8 << 30
+JUDGED_ROWS = 24
+JUDGED_KEYS = 128 << 10  # over all judged rows: what the oracle reads in a few seconds
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,20 @@ class Batch:
     tables: tuple[np.ndarray, ...]  # one block table a rotation, no page in two of them
     query_start_loc: np.ndarray
     sinks: Any
+    _analyses: dict[Claim | None, list[Analysis]] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def judged(self) -> list[tuple[np.ndarray, Case]]:
+        """The small cases that judge this batch, the same for every contender."""
+        return list(samples(self, JUDGED_ROWS))
+
+    def analyses(self, claim: Claim | None) -> list[Analysis]:
+        """What the oracle says of each judged case, once a claim; NumPy leaves the interpreter, so rows run abreast."""
+        if claim not in self._analyses:
+            with ThreadPoolExecutor() as pool:
+                found = pool.map(lambda case: analyse(case, claim or default_claim(case)), [c for _, c in self.judged])
+                self._analyses[claim] = list(found)
+        return self._analyses[claim]
 
     @property
     def num_seqs(self) -> int:
@@ -123,4 +143,7 @@ def _chosen_rows(batch: Batch, count: int, seed: int) -> np.ndarray:
     edges = np.concatenate([offsets[:-1], offsets[1:] - 1])
     edges = random.permutation(np.unique(edges))[: count // 2]
     anywhere = random.integers(0, offsets[-1], count - len(edges))
-    return np.unique(np.concatenate([edges, anywhere]))
+    chosen = random.permutation(np.unique(np.concatenate([edges, anywhere])))
+    sequence = np.searchsorted(offsets, chosen, side="right") - 1
+    keys = np.asarray(batch.cell.contexts)[sequence] - (offsets[sequence + 1] - chosen) + 1
+    return np.sort(chosen[: max(1, np.searchsorted(np.cumsum(keys), JUDGED_KEYS, side="right"))])

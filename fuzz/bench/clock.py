@@ -10,22 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
+_BLOCKS = 8  # a run of samples is cut into this many, whose minima tell how far one run can be trusted
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: a low quantile of many samples, and how far the samples lie apart."""
+    """Seconds of one call: the least of many samples, since a busy machine only ever adds time, and its spread."""
 
-    seconds: float  # the 20th percentile: a busy machine only ever adds time
-    spread: float  # (40th percentile - minimum) / seconds: what two runs of the same program may differ by
+    seconds: float
+    spread: float  # (median of the minima of consecutive blocks of samples - seconds) / seconds
     samples: int
+    launches: int | None = None  # kernels of one call, where they can be counted
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
-        low, figure, high = np.quantile(samples, [0.0, 0.2, 0.4])
-        return cls(float(figure), float((high - low) / figure), len(samples))
+    def of(cls, samples: Sequence[float], launches: int | None = None) -> Timing:
+        least = min(samples)
+        minima = [block.min() for block in np.array_split(np.asarray(samples), _BLOCKS) if block.size]
+        return cls(float(least), float((np.median(minima) - least) / least), len(samples), launches)
 
 
-def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float = 0.6, at_least: int = 8) -> Timing:
+def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float = 0.8, at_least: int = 24) -> Timing:
     """Wall time of `function` until its result is ready, going round `arguments`, for about `budget` seconds."""
     for args in arguments[:2]:
         jax.block_until_ready(function(*args))
@@ -43,7 +47,7 @@ def kernels(
     function: Callable[..., Any],
     arguments: Sequence[tuple],
     rest: float = 0.0,
-    rounds: int = 9,
+    rounds: int = 8,
     ready: Callable[[Any], Any] = jax.block_until_ready,
 ) -> Timing:
     """Sum of the kernel times of one call of `function` on the GPU (CUPTI), going round `arguments`.
@@ -53,26 +57,35 @@ def kernels(
         rest: seconds of idling before each sample: a compute-bound kernel is judged in a burst, before the power
             cap pulls the clock down.
     """
-    samples = []
     ready(function(*arguments[0]))
-    for i in range(max(rounds, len(arguments))):
+    calls = [arguments[i % len(arguments)] for i in range(max(rounds, len(arguments)))]
+    if not rest:
+        timings = _traced(function, calls, ready)
+        launches, odd = divmod(len(timings), len(calls))
+        if launches and not odd:  # one program launches the same kernels in each call
+            return Timing.of([sum(timings[i : i + launches]) for i in range(0, len(timings), launches)], launches)
+    samples, launches = [], None
+    for args in calls:
         time.sleep(rest)
-        samples.append(_traced(function, arguments[i % len(arguments)], ready))
-    return Timing.of(samples)
+        timings = _traced(function, [args], ready)
+        samples.append(sum(timings))
+        launches = len(timings)
+    return Timing.of(samples, launches)
 
 
-def _traced(function: Callable[..., Any], args: tuple, ready: Callable[[Any], Any]) -> float:
-    """Seconds of all kernels that one call launches, whoever launches them; CUPTI knows JAX's and PyTorch's alike."""
+def _traced(function: Callable[..., Any], calls: Sequence[tuple], ready: Callable[[Any], Any]) -> list[float]:
+    """Seconds of every kernel that the calls launch, whoever launches them; CUPTI knows JAX's and PyTorch's alike."""
     from jax._src.lib import mosaic_gpu
 
     # The module that carries CUPTI has no public name; Mosaic's profiler uses it, but for jitted functions only.
     extension: Any = mosaic_gpu._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
     extension._cupti_init()
     try:
-        ready(function(*args))
+        for args in calls:
+            ready(function(*args))
     finally:
         timings = extension._cupti_get_timings(False)
-    return sum(milliseconds for _, milliseconds in timings or ()) / 1e3
+    return [milliseconds / 1e3 for _, milliseconds in timings or ()]
 
 
 def dispatch(call: Callable[[], Any], repeats: int = 300) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -46,10 +47,36 @@ def of(results: list[Result], ceilings: Ceilings) -> Record:
     return Record(datetime.date.today().isoformat(), versions(), ceilings, tuple(results))
 
 
+def resumed(path: Path) -> Record | None:
+    """The interrupted record at `path` that this machine can go on with; None where there is none.
+
+    Raises:
+        RecordError: it is another run's: of other versions.
+    """
+    if not path.exists():
+        return None
+    found = load(path)
+    differ = [f"{k} {found.versions.get(k)} then, {v} now" for k, v in versions().items() if found.versions.get(k) != v]
+    if differ:
+        raise RecordError(f"{path}: cannot be resumed by other versions: {', '.join(differ)}")
+    return found
+
+
 def versions() -> dict[str, str]:
     """What the numbers depend on, as far as it is installed."""
     found = {"python": platform.python_version()}
-    for name in ("rpa", "jax", "jaxlib", "triton", "jax-triton", "numpy"):
+    for name in (
+        "rpa",
+        "jax",
+        "jaxlib",
+        "triton",
+        "jax-triton",
+        "numpy",
+        "torch",
+        "vllm",
+        "flashinfer-python",
+        "ejkernel",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -115,10 +142,11 @@ class Comparison:
 
     changes: tuple[Change, ...]
     lost: tuple[Result, ...]  # had a number before, has none now
+    overall: tuple[Change, ...] = ()  # a backend's geometric mean over its cells: sees what hides in each one's noise
 
     @property
     def regressions(self) -> list[Change]:
-        return [change for change in self.changes if change.regressed]
+        return [change for change in (*self.overall, *self.changes) if change.regressed]
 
     @property
     def failed(self) -> bool:
@@ -139,4 +167,20 @@ def compare(before: Record, after: Record) -> Comparison:
         raise RecordError("no cell has a number in both records")
     changes = [Change(b.cell, b.backend, b.seconds, a.seconds, (b.spread or 0) + (a.spread or 0))
                for b, a in both if b.seconds is not None and a.seconds is not None]  # fmt: skip
-    return Comparison(tuple(changes), tuple(a for _, a in both if a.seconds is None))
+    return Comparison(tuple(changes), tuple(a for _, a in both if a.seconds is None), _overall(changes))
+
+
+def _overall(changes: list[Change]) -> tuple[Change, ...]:
+    """The mean change of each backend with several cells: noise of independent cells shrinks in their average."""
+    means = []
+    for backend in dict.fromkeys(change.backend for change in changes):
+        own = [change for change in changes if change.backend == backend]
+        if len(own) > 1:
+            before, after = _mean([change.before for change in own]), _mean([change.after for change in own])
+            noise = math.sqrt(sum(change.noise**2 for change in own)) / len(own)
+            means.append(Change(f"geometric mean of {len(own)} cells", backend, before, after, noise))
+    return tuple(means)
+
+
+def _mean(seconds: list[float]) -> float:
+    return math.exp(sum(map(math.log, seconds)) / len(seconds))

@@ -14,9 +14,9 @@ from fuzz.bench import arrays, clock
 from fuzz.bench.arrays import Batch
 from fuzz.bench.ceilings import Ceilings
 from fuzz.bench.cells import Cell
-from oracle import Claim, judge
+from oracle import Claim
+from oracle.verdict import compare
 
-JUDGED_ROWS = 24
 # Above this many operations a byte a GPU cell is bound by arithmetic, and judged in bursts.
 _BURST_INTENSITY = 100
 
@@ -38,7 +38,8 @@ class Result:
     flops: int = 0
     temp_bytes: int | None = None
     compile_seconds: float | None = None
-    host_seconds: float | None = None  # of a warm call, without waiting
+    host_seconds: float | None = None  # of a warm public call, without waiting
+    launches: int | None = None  # kernels of one call, on a GPU
     tags: dict[str, Any] = field(default_factory=dict)  # what growth curves and charts group by
 
     @property
@@ -67,6 +68,8 @@ class Contender:
     unsupported: Callable[[Batch], str | None]
     output: Callable[[Any], np.ndarray] = np.asarray
     ready: Callable[[Any], Any] = jax.block_until_ready
+    # batch -> the call as its users write it, for the host time; None: the prepared function itself
+    public: Callable[[Batch], Callable[[], Any]] | None = None
 
 
 def run(cells: Iterable[Cell], contenders: list[Contender], ceilings: Ceilings, platform: str) -> Iterator[Result]:
@@ -95,12 +98,14 @@ def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -
         if status != "pass":
             return Result(**known, status=status, reason=reason, ratio=ratio)
         timing = _time(function, arguments, cell, platform, contender.ready)
+        public = contender.public(batch) if contender.public else lambda: function(*arguments[0])
+        host = clock.dispatch(public, repeats=20)
     except Exception as error:  # a crash is a finding about the contender, and must not end the others' run
         return Result(**known, status="error", reason=f"{type(error).__name__}: {error}"[:500])
     return Result(
         **known, status="pass", ratio=ratio, seconds=timing.seconds, spread=timing.spread, samples=timing.samples,
         temp_bytes=_temporaries(function, arguments[0]), compile_seconds=max(0.0, first - timing.seconds),
-        host_seconds=clock.dispatch(lambda: function(*arguments[0]), repeats=20),
+        host_seconds=host, launches=timing.launches,
     )  # fmt: skip
 
 
@@ -114,8 +119,8 @@ def verdict(batch: Batch, answer: np.ndarray, claim: Claim | None) -> tuple[str,
     """The worst verdict over sampled rows, all heads: (status, text, ratio)."""
     worst = ("vacuous", "no row was judged", 0.0)
     rank = {"vacuous": 0, "pass": 1, "suspect": 2, "fail": 3}
-    for rows, case in arrays.samples(batch, JUDGED_ROWS):
-        found = judge(case, answer[rows], claim)
+    for (rows, case), analysis in zip(batch.judged, batch.analyses(claim), strict=True):
+        found = compare(case, analysis, answer[rows])
         if (rank[found.status], found.ratio) >= (rank[worst[0]], worst[2]):
             worst = (found.status, f"row {int(rows[0])}: {found.text}", found.ratio)
     return worst
@@ -170,7 +175,14 @@ def backend(name: str) -> Contender:
         _, signature, _, device = chosen(batch)
         return registry.why_not(next(slot for slot in registry.SLOTS if slot.name == name), signature, device)
 
-    return Contender(name, prepare, claim, unsupported, lambda answer: np.asarray(answer[0]))
+    def public(batch: Batch) -> Callable[[], Any]:
+        from rpa import ragged_page_attention_v2
+
+        arrays = jax.device_put(batch.arguments())
+        options = batch.options | {"platform": _platform(name)}
+        return lambda: ragged_page_attention_v2(*arrays, **options)
+
+    return Contender(name, prepare, claim, unsupported, lambda answer: np.asarray(answer[0]), public=public)
 
 
 def _platform(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -15,62 +17,84 @@ from fuzz.files import write_atomically
 PASS, FAIL, USAGE, NOTHING = 0, 1, 2, 3
 
 
-def main(json: Path | None, html: Path | None, against: Path | None, platform: str | None, only: str,
-         with_peers: bool, history: list[Path]) -> int:  # fmt: skip
+def main(json: Path | None, html: Path | None, against: Path | None, platforms: list[str], only: str,
+         with_peers: bool, history: list[Path], resume: bool = False) -> int:  # fmt: skip
     """The exit code of `rpa bench`; every path is read before the first measurement."""
     console = Console()
     try:
         earlier = record.load(against) if against else None
         past = [record.load(path) for path in history]
-        contenders = _contenders(platform, with_peers)
+        if resume and json is None:
+            raise ValueError("--resume goes on with the record that --json names: give both")
+        begun = record.resumed(json) if resume and json else None
+        contenders = _contenders(platforms, with_peers)
+        chosen = _cells(only)
     except (RecordError, ValueError) as error:
         console.print(f"[red]rpa bench:[/] {error}", highlight=False)
-        return USAGE
-    import jax
-
-    chip = jax.devices()[0].platform.replace("cuda", "gpu")
-    chosen = [cell for cell in cells.cells_for(chip) if only in cell.name]
-    if not chosen:
-        console.print(f"[red]rpa bench:[/] --only {only!r}: no cell's name contains it", highlight=False)
         return USAGE
     from rpa import policy_override
 
     with policy_override(cache_miss_fallback="heuristics"):  # what ships is timed, not what tuning would find
-        made = _measure(console, chosen, contenders, chip)
+        made = _measure(console, chosen, contenders, begun, _saver(json))
     console.print(_table(made))
     return _finish(console, made, earlier, past, json, html)
 
 
-def _contenders(platform: str | None, with_peers: bool) -> list[run.Contender]:
+def _chip() -> str:
     import jax
 
+    return jax.devices()[0].platform.replace("cuda", "gpu")
+
+
+def _cells(only: str) -> list[cells.Cell]:
+    """The cells of this device whose name contains `only`, or matches it as a regular expression."""
+    try:
+        pattern = re.compile(only)
+    except re.error:
+        pattern = re.compile(re.escape(only))
+    chosen = [cell for cell in cells.cells_for(_chip()) if only in cell.name or pattern.search(cell.name)]
+    if not chosen:
+        raise ValueError(f"--only {only!r}: no cell's name contains or matches it")
+    return chosen
+
+
+def _contenders(platforms: list[str], with_peers: bool) -> list[run.Contender]:
     from rpa import registry
 
-    chip = jax.devices()[0].platform.replace("cuda", "gpu")
+    chip = _chip()
     ours = run.backends_here(chip)
-    if platform is not None:
-        names = {slot.name for slot in registry.SLOTS if platform in (slot.name, slot.platform)}
-        chosen = [contender for contender in ours if contender.name in names]
-        if not chosen:
+    names: set[str] = set()
+    for platform in platforms:
+        known = {slot.name for slot in registry.SLOTS if platform in (slot.name, slot.platform)}
+        if not known & {contender.name for contender in ours}:
             able = ", ".join(contender.name for contender in ours) or "none"
             raise ValueError(f"--platform {platform!r}: no such backend runs on this {chip}; here there are: {able}")
-        ours = chosen
+        names |= known
+    ours = [contender for contender in ours if not platforms or contender.name in names]
     return ours + (peers.here(chip) if with_peers else [])
 
 
-def _measure(console: Console, chosen: list[cells.Cell], contenders: list[run.Contender], chip: str) -> Record:
-    """Every contender on every cell, under a progress bar; Ctrl-C keeps what was done."""
-    results: list[run.Result] = []
+def _saver(path: Path | None) -> Callable[[Record], None]:
+    """Writes the record so far, so that a killed run loses one cell at most."""
+    return lambda made: write_atomically(path, lambda draft: draft.write_text(made.to_json())) if path else None
+
+
+def _measure(console: Console, chosen: list[cells.Cell], contenders: list[run.Contender], begun: Record | None,
+             save: Callable[[Record], None]) -> Record:  # fmt: skip
+    """Every contender on every cell, under a progress bar; Ctrl-C keeps what was done, `begun` is gone on with."""
+    results = list(begun.results) if begun else []
+    done = {(result.cell, result.backend) for result in results}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("measuring the ceilings", total=len(chosen) * len(contenders))
-        limits = ceilings.measure()
+        task = progress.add_task("measuring the ceilings", total=len(chosen))
+        limits = begun.ceilings if begun else ceilings.measure()
         try:
             for cell in chosen:
                 progress.update(task, description=cell.name)
-                for result in run.run([cell], contenders, limits, chip):
-                    results.append(result)
-                    progress.advance(task)
+                missing = [contender for contender in contenders if (cell.name, contender.name) not in done]
+                results += run.run([cell], missing, limits, _chip()) if missing else []
+                save(record.of(results, limits))
+                progress.advance(task)
         except KeyboardInterrupt:
             console.print("[yellow]interrupted: what was measured so far follows[/]")
     return record.of(results, limits)
@@ -79,7 +103,7 @@ def _measure(console: Console, chosen: list[cells.Cell], contenders: list[run.Co
 def _finish(console: Console, made: Record, earlier: Record | None, past: list[Record], json: Path | None,
             html: Path | None) -> int:  # fmt: skip
     if json:
-        write_atomically(json, lambda draft: draft.write_text(made.to_json()))
+        _saver(json)(made)
         console.print(f"record: {json}")
     comparison = None
     if earlier is not None:
@@ -103,7 +127,8 @@ def _finish(console: Console, made: Record, earlier: Record | None, past: list[R
 def _table(made: Record) -> Table:
     limits = made.ceilings
     title = f"{limits.device}: read {limits.read / 1e9:.1f} GB/s, bf16 {limits.burst['bfloat16'] / 1e12:.3g} TFLOP/s"
-    table = Table("cell", "backend", "time", "noise", "of ceiling", "error / bound", title=title)
+    heads = ("cell", "backend", "time", "noise", "of ceiling", "launches", "host", "error / bound")
+    table = Table(*heads, title=title)
     table.columns[0].overflow = "fold"
     for r in made.results:
         if r.seconds is None:
@@ -115,6 +140,8 @@ def _table(made: Record) -> Table:
             duration(r.time),
             f"{100 * (r.spread or 0):.0f} %",
             f"{100 * (r.fraction or 0):.0f} %",
+            "" if r.launches is None else str(r.launches),
+            duration(r.host_seconds or 0.0),
             f"{r.ratio:.2f}",
         )
     return table
@@ -122,7 +149,7 @@ def _table(made: Record) -> Table:
 
 def _changes(comparison: Comparison, date: str) -> Table:
     table = Table("cell", "backend", "before", "after", "ratio", "noise", "", title=f"against the record of {date}")
-    for c in sorted(comparison.changes, key=lambda c: -c.ratio):
+    for c in (*comparison.overall, *sorted(comparison.changes, key=lambda c: -c.ratio)):
         mark = "[red]slower[/]" if c.regressed else "[green]faster[/]" if c.improved else ""
         table.add_row(
             c.cell, c.backend, duration(c.before), duration(c.after), f"{c.ratio:.3f}", f"{100 * c.noise:.0f} %", mark

@@ -14,10 +14,13 @@ def bench(
     compare: Annotated[
         Path | None, typer.Option(help="An earlier record: exit 1 on a regression past the noise.")
     ] = None,
-    platform: Annotated[str | None, typer.Option(help="Only this backend: xla, triton, pallas.")] = None,
-    only: Annotated[str, typer.Option(help="Only cells whose name contains this text.")] = "",
+    platform: Annotated[
+        list[str] | None, typer.Option(help="Only this backend: xla, triton, pallas. May be given again.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Only cells whose name contains this text, or matches it.")] = "",
     peers: Annotated[bool, typer.Option(help="Also time the peers that are installed.")] = True,
     history: Annotated[list[Path] | None, typer.Option(help="Earlier records for the page's history.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the record at --json.")] = False,
 ) -> None:
     """Benchmark verified cases on this machine's device, against its measured ceilings.
 
@@ -26,4 +29,4 @@ def bench(
     """
     from fuzz.bench import session
 
-    raise typer.Exit(session.main(json, html, compare, platform, only, peers, history or []))
+    raise typer.Exit(session.main(json, html, compare, platform or [], only, peers, history or [], resume))
