@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,19 @@ from rpa.config import RaggedPageAttentionv2Config
 from rpa.program import compiled
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
+
+
+class Options(NamedTuple):
+    """What a call says besides its arrays, and what it means unsaid."""
+
+    softmax_scale: Any = None
+    logits_soft_cap: Any = None
+    compute_dtype: Any = jnp.bfloat16
+    optimized: Any = False
+    sliding_window: Any = None
+    mask_value: Any = None
+    vmem_limit_bytes: Any = None
+    return_lse: Any = False
 
 
 def ragged_page_attention_v2(
@@ -76,120 +91,110 @@ def ragged_page_attention_v2(
     Raises:
         TypeError, ValueError: naming the argument, its value, the rule and, for metadata, the sequence.
     """
-    arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
-              k_scale, v_scale)  # fmt: skip
-    options = (softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value, vmem_limit_bytes,
-               return_lse)  # fmt: skip
+    arrays = Inputs._make((queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
+                           k_scale, v_scale))  # fmt: skip
+    options = Options(softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value,
+                      vmem_limit_bytes, return_lse)  # fmt: skip
     if mesh is not None or in_specs is not None or out_specs is not None:
         from rpa import shard
 
-        return shard.run(arrays, options, validate, platform, cfg, mesh, in_specs, out_specs)
-    key = None if validate is not False else _facts(arrays, (*options, platform, cfg))
-    plan = None if key is None else _PLANS.get(key)
+        return shard.run(arrays, options, platform, cfg, mesh, in_specs, out_specs, validate=validate)
+    facts = None if validate is not False else _facts(arrays, (*options, platform, cfg))
+    plan = _PLANS.get(facts)
     if plan is not None and plan.moment == select.moment():
         return plan.run(arrays)
     inputs, signature = prepare(arrays, options, validate)
-    choice = _choose(inputs, signature, platform, cfg)
-    if choice is None:
+    platform = rules.platform_of(platform)
+    check_config(cfg)
+    if signature.num_tokens == 0 or signature.max_seqs == 0:
         return nothing_to_do(signature)
     device = devices.current(inputs.queries)
-    if key is not None and select.is_plain():
-        _remember(key, arrays, inputs, signature, choice, device)
+    choice = select.choose(signature, device, platform, cfg, inputs=concrete(inputs))
+    if facts is not None and select.is_plain():
+        _remember(
+            facts,
+            arrays,
+            inputs,
+            signature,
+            compiled(choice.implementation, signature, choice.config, device),
+        )
     return run_on(choice.implementation, inputs, signature, choice.config, device)
 
 
 def prepare(arrays: tuple, options: tuple, check_values: Any) -> tuple[Inputs, Signature]:
-    """Validate a call and split it into its arrays and its static part."""
-    (
-        queries,
-        kv_pages,
-        context_lens,
-        block_tables,
-        query_start_loc,
-        num_seqs,
-        softmax_aux,
-        k_scale,
-        v_scale,
-    ) = arrays
-    queries = rules.float_array("queries", queries, 3, "[T, Hq, D]", rules.FLOATS)
+    """Validate a call and split it into its arrays and its static part; the tuples are `Inputs` and `Options`."""
+    given = Inputs(*arrays)
+    queries = rules.float_array("queries", given.queries, 3, "[T, Hq, D]", rules.FLOATS)
     kv_dtypes = rules.FLOATS + rules.QUANTISED
-    kv_pages = rules.float_array("kv_pages", kv_pages, 4, "[P, page, 2 * Hkv, D]", kv_dtypes)
-    context_lens = rules.int_array("context_lens", context_lens, 1, "[S]")
-    block_tables = rules.int_array("block_tables", block_tables, 2, "[S, pages_per_seq]")
-    query_start_loc = rules.int_array("query_start_loc", query_start_loc, 1, "[S + 1]")
+    kv_pages = rules.float_array("kv_pages", given.kv_pages, 4, "[P, page, 2 * Hkv, D]", kv_dtypes)
+    context_lens = rules.int_array("context_lens", given.context_lens, 1, "[S]")
+    block_tables = rules.int_array("block_tables", given.block_tables, 2, "[S, pages_per_seq]")
+    query_start_loc = rules.int_array("query_start_loc", given.query_start_loc, 1, "[S + 1]")
     rules.check_shapes(queries, kv_pages, context_lens, block_tables, query_start_loc)
     num_kv_heads = kv_pages.shape[2] // 2
     inputs = Inputs(
         queries, kv_pages, context_lens, block_tables, query_start_loc,
-        rules.count_of(num_seqs, context_lens.shape[0]),
-        rules.sinks_of(softmax_aux, queries.shape[1]),
-        rules.head_scales("k_scale", k_scale, num_kv_heads),
-        rules.head_scales("v_scale", v_scale, num_kv_heads),
+        rules.count_of(given.num_seqs, context_lens.shape[0]),
+        rules.sinks_of(given.softmax_aux, queries.shape[1]),
+        rules.head_scales("k_scale", given.k_scale, num_kv_heads),
+        rules.head_scales("v_scale", given.v_scale, num_kv_heads),
     )  # fmt: skip
-    signature = _signature(inputs, options)
+    signature = _signature(inputs, Options(*options))
     rules.check_metadata(inputs, signature, rules.flag("validate", check_values))
     return inputs, signature
 
 
-def _signature(inputs: Inputs, options: tuple) -> Signature:
-    scale, cap, compute_dtype, optimized, window, mask_value, vmem_limit, return_lse = options
-    rules.check_mask_value(mask_value)
+def _signature(inputs: Inputs, options: Options) -> Signature:
+    rules.check_mask_value(options.mask_value)
     num_tokens, num_q_heads, head_dim = inputs.queries.shape
     num_pages, page_size, combined, _ = inputs.kv_pages.shape
     max_seqs, pages_per_seq = inputs.block_tables.shape
-    window = rules.window_of(window)
+    window = rules.window_of(options.sliding_window)
     if window is not None and window >= pages_per_seq * page_size:
         window = None  # no context is longer, so these are the bits of no window
+    q_dtype = inputs.queries.dtype.name
     return Signature(
-        num_tokens=num_tokens,
-        num_q_heads=num_q_heads,
-        head_dim=head_dim,
-        num_pages=num_pages,
-        page_size=page_size,
-        num_kv_heads=combined // 2,
-        max_seqs=max_seqs,
-        pages_per_seq=pages_per_seq,
-        q_dtype=inputs.queries.dtype.name,
+        num_tokens, num_q_heads, head_dim, num_pages, page_size, combined // 2, max_seqs, pages_per_seq,
+        q_dtype=q_dtype,
         kv_dtype=inputs.kv_pages.dtype.name,
-        compute_dtype=rules.compute_dtype_of(compute_dtype, inputs.queries.dtype.name),
+        compute_dtype=rules.compute_dtype_of(options.compute_dtype, q_dtype),
         sinks=inputs.softmax_aux is not None,
         k_scale=inputs.k_scale is not None,
         v_scale=inputs.v_scale is not None,
-        return_lse=rules.flag("return_lse", return_lse),
-        optimized=rules.flag("optimized", optimized),
-        softmax_scale=rules.scale_of(scale, head_dim),
-        logits_soft_cap=rules.cap_of(cap),
+        return_lse=rules.flag("return_lse", options.return_lse),
+        optimized=rules.flag("optimized", options.optimized),
+        softmax_scale=rules.scale_of(options.softmax_scale, head_dim),
+        logits_soft_cap=rules.cap_of(options.logits_soft_cap),
         sliding_window=window,
-        vmem_limit_bytes=rules.limit_of(vmem_limit),
-    )
+        vmem_limit_bytes=rules.limit_of(options.vmem_limit_bytes),
+    )  # fmt: skip
 
 
-def execute(
-    inputs: Inputs,
-    signature: Signature,
-    platform: str | None,
-    cfg: RaggedPageAttentionv2Config | None,
-    chain: select.ConfigSelectorChain | None = None,
-) -> Any:
-    """Select a backend and a config for a validated call, and run it."""
-    choice = _choose(inputs, signature, platform, cfg, chain)
-    if choice is None:
-        return nothing_to_do(signature)
-    device = devices.current(inputs.queries)
-    return run_on(choice.implementation, inputs, signature, choice.config, device)
+def described(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What selection has to know about a call, from the public function's arguments by name: `select.choose`'s own."""
+    options = (given.get(name, default) for name, default in Options._field_defaults.items())
+    arrays = (given.get(name) for name in Inputs._fields)
+    inputs, signature = prepare(tuple(arrays), tuple(options), given.get("validate", False))
+    device, sharding = devices.current(inputs.queries), "none"
+    check_config(given.get("cfg"))
+    if any(given.get(name) is not None for name in ("mesh", "in_specs", "out_specs")):
+        from rpa import shard
+
+        signature, device, layout = shard.share_of(inputs, signature, given.get("mesh"), given.get("in_specs"))
+        sharding = layout.label(given.get("mesh"))
+    return {
+        "signature": signature,
+        "device": device,
+        "platform": rules.platform_of(given.get("platform")),
+        "cfg": given.get("cfg"),
+        "inputs": concrete(inputs),
+        "sharding": sharding,
+    }
 
 
-def _choose(
-    inputs: Inputs, signature: Signature, platform: Any, cfg: Any, chain: Any = None, *, dry: bool = False
-) -> select.Choice | None:
-    """The choice for a validated call; None where there is nothing to compute."""
-    platform = rules.platform_of(platform)
-    check_config(cfg)
-    if signature.num_tokens == 0 or signature.max_seqs == 0:
-        return None
-    concrete = None if any(rules.is_traced(array) for array in inputs) else inputs
-    device = devices.current(inputs.queries)
-    return select.choose(signature, device, platform, cfg, inputs=concrete, chain=chain, dry=dry)
+def concrete(inputs: Inputs) -> Inputs | None:
+    """The arrays where a tuner could run on them; inside jit there are none."""
+    return None if any(rules.is_traced(array) for array in inputs) else inputs
 
 
 def run_on(
@@ -219,17 +224,22 @@ def check_config(cfg: Any) -> None:
 class Plan(NamedTuple):
     """What a call with known facts does."""
 
-    program: Callable[[Inputs], Any]
+    program: Any
     signature: Signature
     moment: tuple[Any, ...]  # what the choice depended on besides the call
-    convert: tuple[tuple[int, Callable[[Any], Any]], ...]  # host values that change form, by position
+    fixed: tuple[tuple[int, Any], ...]  # scalars in their final form, by position; their values are among the facts
+    wide: tuple[int, ...]  # host metadata to narrow to int32
     check: bool  # whether there are host metadata to check
 
-    def run(self, arrays: tuple[Any, ...]) -> Any:
-        values = list(arrays)
-        for position, form in self.convert:
-            values[position] = form(values[position])
-        inputs = Inputs(*values)
+    def run(self, arrays: Inputs) -> Any:
+        inputs = arrays
+        if self.fixed or self.wide:
+            values: list[Any] = list(arrays)
+            for i, value in self.fixed:
+                values[i] = value
+            for i in self.wide:
+                values[i] = rules.int_array(Inputs._fields[i], values[i], values[i].ndim, "")
+            inputs = Inputs(*values)
         if self.check and not rules.plainly_right(inputs, self.signature):
             rules.check_metadata(inputs, self.signature, False)
         output, lse = self.program(inputs)
@@ -239,19 +249,20 @@ class Plan(NamedTuple):
 _PLANS: dict[Any, Plan] = {}
 
 
-def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    """Everything static about a call as a hashable value; None for what is not worth remembering."""
-    facts: list[Any] = [devices.current(arrays[0])]
-    for value in arrays:
-        kind = _KINDS.get(type(value)) or _kind(value)
-        if kind == "array":
-            facts.append((value.shape, value.dtype))
-        elif kind == "host":
-            facts.append((value.shape, value.dtype, kind))
-        elif kind == "other":
-            return None
+def _facts(arrays: Inputs, options: tuple[Any, ...]) -> Any:
+    """Everything static about a call, and its scalars, as a hashable value; None for what is not remembered."""
+    facts: list[Any] = [devices.current(arrays.queries)]
+    for i, value in enumerate(arrays):
+        if isinstance(value, jax.Array) and not rules.is_traced(value):
+            facts += value.shape, value.dtype
+        elif (
+            isinstance(value, np.ndarray) and value.ndim and i < 6
+        ):  # sinks and scales on the host are checked at every call
+            facts += value.shape, value.dtype, "host"
+        elif value is None or type(value) in (int, float):
+            facts += type(value), value
         else:
-            facts.append(kind)
+            return None
     facts += options
     facts += map(type, options)  # True == 1 == 1.0, and they are not the same option
     key = tuple(facts)
@@ -262,45 +273,47 @@ def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     return key
 
 
-_KINDS: dict[type, str] = {type(None): "none", int: "int", float: "float", np.ndarray: "host"}
-
-
-def _kind(value: Any) -> str:
-    """What an argument of this type is: "array" on a device, "host", a scalar's name, or "other"."""
-    array = isinstance(value, jax.Array) and not rules.is_traced(value)
-    _KINDS[type(value)] = kind = "array" if array else "other"
-    return kind
-
-
-def _remember(
-    key: Any,
-    arrays: tuple[Any, ...],
-    inputs: Inputs,
-    signature: Signature,
-    choice: Any,
-    device: devices.Device,
-) -> None:
+def _remember(facts: Any, arrays: tuple[Any, ...], inputs: Inputs, signature: Signature, program: Any) -> None:
     """Keep the choice for calls with the same facts."""
-    if len(_PLANS) >= 1024:
+    if len(_PLANS) >= 8192:  # one for each `num_seqs`
         _PLANS.clear()
-    forms = _forms(signature)
-    host = [rules.is_host(value) for value in arrays]
-    convert = tuple((i, forms[i]) for i in range(len(arrays)) if host[i] and inputs[i] is not arrays[i])
-    program = compiled(choice.implementation, signature, choice.config, device)
-    _PLANS[key] = Plan(program, signature, select.moment(), convert, any(host[2:6]))
+    host = [isinstance(value, np.ndarray) for value in arrays]
+    fixed = tuple((i, inputs[i]) for i, value in enumerate(arrays) if type(value) in (int, float))
+    wide = tuple(i for i in range(2, 6) if host[i] and arrays[i].dtype != np.int32)
+    check = any(rules.is_host(value) for value in arrays[2:6])
+    _PLANS[facts] = Plan(program, signature, select.moment(), fixed, wide, check)
 
 
-def _forms(signature: Signature) -> tuple[Callable[[Any], Any], ...]:
-    """How each argument becomes a field of `Inputs`; an array on a device changes form inside the program."""
-    heads = signature.num_kv_heads
-    return (
-        np.asarray,
-        np.asarray,
-        lambda value: rules.int_array("context_lens", value, 1, "[S]"),
-        lambda value: rules.int_array("block_tables", value, 2, "[S, pages_per_seq]"),
-        lambda value: rules.int_array("query_start_loc", value, 1, "[S + 1]"),
-        lambda value: rules.count_of(value, signature.max_seqs),
-        lambda value: rules.sinks_of(value, signature.num_q_heads),
-        lambda value: rules.head_scales("k_scale", value, heads),
-        lambda value: rules.head_scales("v_scale", value, heads),
+# ------------------------------------------------------------------ the same parameters in other orders
+
+PARAMETERS = inspect.signature(ragged_page_attention_v2).parameters
+
+
+def taking(positional: str, keyword: str = "", **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: a function of keyword arguments gets these parameters, in this order, with the public defaults.
+
+    Args:
+        positional, keyword: names; those of the second may only be given by name.
+        defaults: where they differ from the public function's; a name that it does not know has None.
+    """
+    known = {
+        "self": inspect.Parameter.empty,
+        **{name: p.default for name, p in PARAMETERS.items()},
+        **defaults,
+    }
+    kinds = ((positional, inspect.Parameter.POSITIONAL_OR_KEYWORD), (keyword, inspect.Parameter.KEYWORD_ONLY))
+    signature = inspect.Signature(
+        [inspect.Parameter(name, kind, default=known.get(name)) for names, kind in kinds for name in names.split()]
     )
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(body)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return body(**bound.arguments)
+
+        function.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+        return function
+
+    return decorate

@@ -8,16 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rpa import api, registry, select, shard
-from rpa import device as devices
-from rpa import validate as rules
+from rpa import api, registry, select
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
-
-_ARRAYS = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux",
-           "k_scale", "v_scale")  # fmt: skip
-_OPTIONS = ("softmax_scale", "logits_soft_cap", "compute_dtype", "optimized", "sliding_window", "mask_value",
-            "vmem_limit_bytes", "return_lse")  # fmt: skip
 
 
 class Explanation(str):
@@ -41,19 +34,9 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
         TypeError, ValueError: as the call itself would.
     """
     bound = inspect.signature(api.ragged_page_attention_v2).bind(*args, **kwargs)
-    bound.apply_defaults()
-    given = bound.arguments
-    arrays = tuple(_stand_in(given[name]) for name in _ARRAYS)
-    options = tuple(given[name] for name in _OPTIONS)
-    inputs, signature = api.prepare(arrays, options, given["validate"])
-    device, sharding = devices.current(inputs.queries), "none"
-    if any(given[name] is not None for name in ("mesh", "in_specs", "out_specs")):
-        signature, device, plan = shard.share_of(inputs, signature, given["mesh"], given["in_specs"])
-        sharding = plan.label(given["mesh"])
-    platform = rules.platform_of(given["platform"])
-    api.check_config(given["cfg"])
-    choice = select.choose(signature, device, platform, given["cfg"], inputs=inputs, sharding=sharding, dry=True)
-    return _told(choice, device, registry.refusals(signature, device))
+    call = api.described({name: _stand_in(value) for name, value in bound.arguments.items()})
+    choice = select.choose(**call, dry=True)
+    return _told(choice, call["device"], registry.refusals(call["signature"], call["device"]))
 
 
 def _stand_in(value: Any) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rpa import numerics, registry
+from rpa import api, numerics, registry
 from rpa.config import Backend, Platform, RaggedPageAttentionv2Config
 from rpa.device import Device, current
-from rpa.registry import ALGORITHM, SLOTS, Implementation, Slot, load
+from rpa.registry import ALGORITHM, Implementation, Slot, load
 from rpa.signature import Inputs, Signature
 
 _ANY_CHIP = ("cpu", "gpu", "tpu", "mps")
@@ -32,52 +32,30 @@ class KernelSpec:
     priority: int = 0
 
 
-def _builtin(
-    name: str,
-    /,
-    queries: Any,
-    kv_pages: Any,
-    context_lens: Any,
-    block_tables: Any,
-    query_start_loc: Any,
-    num_seqs: Any,
-    softmax_scale: float | None = None,
-    logits_soft_cap: float | None = None,
-    compute_dtype: Any = jnp.bfloat16,
-    optimized: bool = False,
-    sliding_window: int | None = None,
-    softmax_aux: Any = None,
-    mask_value: float | None = None,
-    num_kv_pages_per_block: int | None = None,
-    num_queries_per_block: int | None = None,
-    vmem_limit_bytes: int | None = None,
-    num_warps: int | None = None,
-    num_stages: int | None = None,
-    return_lse: bool = False,
-    k_scale: Any = None,
-    v_scale: Any = None,
-) -> Any:
-    """Run the built-in backend `name` on exactly these block sizes."""
-    from rpa import api
-
-    arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux,
-              k_scale, v_scale)  # fmt: skip
-    options = (softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value,
-               vmem_limit_bytes, return_lse)  # fmt: skip
-    inputs, signature = api.prepare(arrays, options, False)
-    slot = next(slot for slot in SLOTS if slot.name == name)
-    device = current(inputs.queries)
-    reason = registry.why_not(slot, signature, device)
-    if reason is not None:
-        raise ValueError(registry.refusal(slot.platform, signature, device, {name: reason}))
-    cfg = RaggedPageAttentionv2Config(
-        num_kv_pages_per_block, num_queries_per_block, num_warps, num_stages, slot.platform
-    )
-    return api.run_on(load(name), inputs, signature, cfg, device)
-
-
 # What tunes a kernel and does not change its answer: two kernels may differ in these.
 _TUNING = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "num_warps", "num_stages")
+
+
+@functools.cache
+def _builtin(slot: Slot) -> Callable[..., Any]:
+    """A built-in backend as a callable with the seed's keywords: it runs on exactly these block sizes."""
+
+    @api.taking(
+        "queries kv_pages context_lens block_tables query_start_loc num_seqs softmax_scale logits_soft_cap "
+        "compute_dtype optimized sliding_window softmax_aux mask_value num_kv_pages_per_block num_queries_per_block "
+        "vmem_limit_bytes num_warps num_stages return_lse k_scale v_scale"
+    )
+    def kernel(**call: Any) -> Any:
+        arrays, options = (tuple(map(call.pop, kind._fields)) for kind in (Inputs, api.Options))
+        inputs, signature = api.prepare(arrays, options, False)
+        device = current(inputs.queries)
+        reason = registry.why_not(slot, signature, device)
+        if reason is not None:
+            raise ValueError(registry.refusal(slot.platform, signature, device, {slot.name: reason}))
+        config = RaggedPageAttentionv2Config(platform=slot.platform, **call)
+        return api.run_on(load(slot.name), inputs, signature, config, device)
+
+    return kernel
 
 
 class KernelRegistry:
@@ -100,10 +78,10 @@ class KernelRegistry:
         Raises:
             ValueError, TypeError: an unknown platform, backend or fact; the text lists the known ones.
         """
-        unknown = set(facts) - {"supports", "heuristic", "candidates", "claim"}
+        unknown = sorted(set(facts) - {"supports", "heuristic", "candidates", "claim"})
         if unknown:
             raise TypeError(
-                f"register: {sorted(unknown)[0]!r} is unknown; supports, heuristic, candidates and claim are expected"
+                f"register: {unknown[0]!r} is unknown; supports, heuristic, candidates or claim is expected"
             )
         where = (_member(Platform, "platform", platform), _member(Backend, "backend", backend))
 
@@ -135,15 +113,13 @@ class KernelRegistry:
         specs = self.list_implementations(algorithm)
         wanted = None if platform in (None, "auto") else _member(Platform, "platform", platform)
         chip = Backend.ANY if backend is None else _member(Backend, "backend", backend)
-        if chip is Backend.ANY:
-            chip = Backend(current().platform)
+        chip = Backend(current().platform) if chip is Backend.ANY else chip
         for spec in specs:
             if wanted in (None, spec.platform) and spec.backend in (Backend.ANY, chip):
                 return spec.implementation
         known = ", ".join(f"{spec.platform}/{spec.backend}" for spec in specs) or "none"
-        raise ValueError(
-            f"algorithm={algorithm!r} has no kernel for platform={platform!r} on {chip}; there are: {known}"
-        )
+        wish = f"{algorithm=} has no kernel for {platform=} on {chip}"
+        raise ValueError(f"{wish}; there are: {known}")
 
     def list_algorithms(self) -> list[str]:
         return sorted({ALGORITHM, *(spec.algorithm for spec, _ in self._specs)})
@@ -179,12 +155,7 @@ def _member(enum: Any, name: str, value: Any) -> Any:
 
 def _spec_of(slot: Slot) -> KernelSpec:
     chip = Backend.ANY if len(slot.chips) > 1 else Backend(next(iter(slot.chips)))
-    return KernelSpec(Platform(slot.platform), chip, ALGORITHM, _callable(slot.name), slot.priority)
-
-
-@functools.cache
-def _callable(name: str) -> Callable[..., Any]:
-    return functools.partial(_builtin, name)
+    return KernelSpec(Platform(slot.platform), chip, ALGORITHM, _builtin(slot), slot.priority)
 
 
 def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
@@ -218,29 +189,22 @@ def _slot_of(spec: KernelSpec, facts: dict[str, Any]) -> Slot:
     parameters = inspect.signature(kernel).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def takes(option: str) -> bool:
-        return takes_all or option in parameters
-
     def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
         offered = _keywords(inputs, signature, config)
-        result = kernel(**{option: value for option, value in offered.items() if takes(option)})
+        result = kernel(**{option: value for option, value in offered.items() if takes_all or option in parameters})
         return result if signature.return_lse else (result, None)
 
     def supports(signature: Signature, device: Device) -> str | None:
-        for option, used in _used(signature).items():
-            if used and not takes(option):
-                return f"it takes no {option}"
+        lacking = [option for option in _used(signature) if not (takes_all or option in parameters)]
+        if lacking:
+            return f"it takes no {lacking[0]}"
         return facts["supports"](signature, device) if "supports" in facts else None
-
-    def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
-        plain = RaggedPageAttentionv2Config(platform=spec.platform)
-        return facts["heuristic"](signature, device) if "heuristic" in facts else plain
 
     value = Implementation(
         name,
         run,
         supports,
-        heuristic,
+        facts.get("heuristic", lambda signature, device: RaggedPageAttentionv2Config(platform=spec.platform)),
         facts.get("candidates", lambda signature, device: ()),
         facts.get("claim", _default_claim),
     )
@@ -255,35 +219,21 @@ def _default_claim(signature: Signature, device: Device) -> dict[str, Any]:
 
 def _keywords(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> dict[str, Any]:
     """A validated call as keyword arguments again."""
-    fields = ("num_kv_pages_per_block", "num_queries_per_block", "num_warps", "num_stages")
-    options = (
-        "softmax_scale",
-        "logits_soft_cap",
-        "optimized",
-        "sliding_window",
-        "vmem_limit_bytes",
-        "return_lse",
-    )
-    return {
-        **inputs._asdict(),
-        **{name: getattr(signature, name) for name in options},
-        **{name: getattr(config, name) for name in fields},
-        "compute_dtype": jnp.dtype(signature.compute_dtype),
-        "mask_value": None,
-    }
+    sizes = {name: getattr(config, name) for name in _TUNING if name != "vmem_limit_bytes"}
+    options = {name: getattr(signature, name, None) for name in api.Options._fields}
+    return inputs._asdict() | options | sizes | {"compute_dtype": jnp.dtype(signature.compute_dtype)}
 
 
-def _used(signature: Signature) -> dict[str, bool]:
+def _used(signature: Signature) -> list[str]:
     """The options whose absence from a kernel's parameters would change the answer."""
-    return {
+    used = {
         "softmax_aux": signature.sinks,
-        "k_scale": signature.k_scale,
-        "v_scale": signature.v_scale,
-        "return_lse": signature.return_lse,
         "logits_soft_cap": signature.logits_soft_cap is not None,
         "sliding_window": signature.sliding_window is not None,
         "softmax_scale": signature.softmax_scale != float(signature.head_dim) ** -0.5,
+        **{name: getattr(signature, name) for name in ("k_scale", "v_scale", "return_lse")},
     }
+    return [option for option, is_used in used.items() if is_used]
 
 
 # ------------------------------------------------------------------ detection
@@ -300,13 +250,13 @@ def detect_platform(algorithm: str = ALGORITHM, platform: str | None = "auto") -
         kernel_registry.get(algorithm, wanted)
         return wanted
     device = current()
-    if algorithm.lower() != ALGORITHM:
-        chip = Backend(device.platform)
-        for spec in kernel_registry.list_implementations(algorithm):
-            if spec.backend in (Backend.ANY, chip):
-                return spec.platform
-        raise ValueError(f"algorithm={algorithm!r} has no kernel on {chip}")
-    return Platform(registry.able("auto", registry.TYPICAL, device)[0].platform)
+    if algorithm.lower() == ALGORITHM:
+        return Platform(registry.able("auto", registry.TYPICAL, device)[0].platform)
+    chips = (Backend.ANY, Backend(device.platform))
+    found = [spec.platform for spec in kernel_registry.list_implementations(algorithm) if spec.backend in chips]
+    if not found:
+        raise ValueError(f"{algorithm=} has no kernel on {device.platform}")
+    return found[0]
 
 
 kernel_registry = KernelRegistry()

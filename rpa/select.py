@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -80,7 +80,6 @@ class Query:
     candidates: Callable[[], Sequence[Any]]
     program: Callable[[Any], Callable[..., Any]]  # what a candidate would run
     args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
     explicit: Any | None = None
     untunable: Callable[[], str | None] = lambda: None  # why this call may not be tuned
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
@@ -94,6 +93,11 @@ class Query:
     @property
     def triple(self) -> Triple:
         return (self.device, self.op, self.key)
+
+    def contenders(self) -> list[Any]:
+        """What a tuner tries, the heuristic first: it is the one to beat."""
+        first = self.heuristic()
+        return [first, *(config for config in self.candidates() if config != first)]
 
 
 @dataclass(frozen=True)
@@ -160,22 +164,23 @@ class ConfigSelectorChain:
             RuntimeError: no stage has a config; the text says what each answered.
         """
         stages = (
-            ("explicit", self._explicit),
-            ("overlay", self._overlay),
-            ("memory", self._memory),
-            ("persistent", self._persistent),
-            ("shipped", self._shipped),
-            ("autotune", self._dry if dry else self._autotune),
-            ("heuristic", self._heuristic),
+            ("explicit", self._explicit, "override"),
+            ("overlay", self._overlay, "overlay_hit"),
+            ("memory", self._memory, "cache_hit"),
+            ("persistent", self._persistent, "cache_hit"),
+            ("shipped", self._shipped, "cache_hit"),
+            ("autotune", self._dry if dry else self._autotune, "autotune_finish"),
+            ("heuristic", self._heuristic, "heuristics"),
         )
         trail: list[tuple[str, str]] = []
-        for stage, lookup in stages:
+        for stage, lookup, event in stages:
             config, reason = lookup(query)
             trail.append((stage, reason))
             if config is not None:
-                self._emit(stage, query, config)
+                level = {"level": stage} if event == "cache_hit" else {}
+                self._announce(event, query, cfg=config, **level)
                 return Found(config, stage, reason, tuple(trail))
-        self._emit("error", query, None)
+        self._announce("error", query, cfg=None, reason="no_config")
         answers = "".join(f"\n  {stage}: {reason}" for stage, reason in trail)
         raise RuntimeError(f"no config for {query.op} {query.stem}:{answers}")
 
@@ -216,12 +221,9 @@ class ConfigSelectorChain:
         fallback = policy.cache_miss_fallback or settings.autotune_policy() or default
         if fallback != "autotune" or not policy.allow_autotune:
             return "the policy is heuristics" if query.accelerator else "off accelerators the policy is heuristics"
-        reason = query.untunable()
-        if reason is not None:
-            return reason
         if self.forbid_reautotune and query.triple in self._failed:
             return "tuning it failed earlier in this process"
-        return tune.why_not(self.tuner) if query.judged else None
+        return query.untunable() or (tune.why_not(self.tuner) if query.judged else None)
 
     def _dry(self, query: Query) -> Lookup:
         return None, self._why_not_tune(query) or "a call outside jit would tune now"
@@ -235,11 +237,10 @@ class ConfigSelectorChain:
             return (found, "another thread tuned it") if found is not None else self._tune(query)
 
     def _tune(self, query: Query) -> Lookup:
-        first = query.heuristic()
-        candidates = [first, *(config for config in query.candidates() if config != first)]
+        candidates = query.contenders()
         self._announce("autotune_start", query, candidates=len(candidates))
         try:
-            best = self.tuner.autotune(query.program, query.args, query.kwargs, candidates)
+            best = self.tuner.autotune(query.program, query.args, {}, candidates)
         except tune.TuningFailed as error:
             self._failed.add(query.triple)
             warnings.warn(f"tuning {query.stem} found no usable config:\n{error}", RuntimeWarning, stacklevel=2)
@@ -255,25 +256,9 @@ class ConfigSelectorChain:
             return None, "the policy allows no heuristics"
         return query.heuristic(), "the backend's own default"
 
-    def _emit(self, stage: str, query: Query, config: Any) -> None:
-        name, details = _EVENTS[stage]
-        self._announce(name, query, cfg=config, **details)
-
     def _announce(self, name: str, query: Query, **details: Any) -> None:
         if self.on_event is not None:
             self.on_event(name, device=query.device, op_id=query.op, call_key=query.key, **details)
-
-
-_EVENTS: dict[str, tuple[str, dict[str, str]]] = {
-    "explicit": ("override", {}),
-    "overlay": ("overlay_hit", {}),
-    "memory": ("cache_hit", {"level": "memory"}),
-    "persistent": ("cache_hit", {"level": "persistent"}),
-    "shipped": ("cache_hit", {"level": "shipped"}),
-    "autotune": ("autotune_finish", {}),
-    "heuristic": ("heuristics", {}),
-    "error": ("error", {"reason": "no_config"}),
-}
 
 
 @lru_cache(maxsize=1)
@@ -328,13 +313,13 @@ def choose(
     Raises:
         ValueError: no backend of the platform can take the call.
     """
-    asked = cfg.platform if cfg is not None and platform == "auto" else platform
-    _check_chip(cfg, device)
-    preferred, why = registry.resolve(asked, signature, device)
-    query = query_of(signature, device, asked, cfg, inputs=inputs, sharding=sharding)
+    if cfg is not None and cfg.backend not in ("any", device.platform):
+        raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
+    asked = _platform_of(platform, cfg)
+    implementation, why = registry.resolve(asked, signature, device)
+    query = query_of(signature, device, platform, cfg, inputs=inputs, sharding=sharding)
     found = (chain or default_chain()).find(query, dry=dry)
-    implementation = preferred
-    if found.source not in ("explicit", "heuristic"):
+    if found.source not in ("explicit", "heuristic"):  # those two speak of the preferred backend
         implementation, why = registry.resolve(_platform_of(asked, found.config), signature, device)
     reason = f"{found.reason}; {implementation.name}: {why}"
     return Choice(implementation, found.config, found.source, reason, query.triple, found.trail)
@@ -350,14 +335,15 @@ def query_of(
     sharding: str = "none",
 ) -> Query:
     """Our operation's call, as selection sees it."""
+    platform = _platform_of(platform, cfg)
 
-    def backend(config: RaggedPageAttentionv2Config) -> Implementation:
-        return registry.resolve(_platform_of(platform, config), signature, device)[0]
+    def program(config: RaggedPageAttentionv2Config) -> Program:
+        implementation, _ = registry.resolve(_platform_of(platform, config), signature, device)
+        return Program(implementation, signature, config, device)
 
     def heuristic() -> RaggedPageAttentionv2Config:
         slot = registry.able(platform, signature, device)[0]
-        config = registry.implementation_of(slot).heuristic(signature, device)
-        return config.replace(platform=slot.platform)
+        return registry.implementation_of(slot).heuristic(signature, device).replace(platform=slot.platform)
 
     def refuse(config: RaggedPageAttentionv2Config) -> str | None:
         if platform not in ("auto", config.platform) and config.platform != "auto":
@@ -372,7 +358,7 @@ def query_of(
         stem=stem(signature, platform, sharding),
         heuristic=heuristic,
         candidates=lambda: candidates(signature, device, platform),
-        program=lambda config: Program(backend(config), signature, config, device),
+        program=program,
         args=() if inputs is None else (inputs,),
         explicit=cfg,
         untunable=lambda: _untunable(inputs, signature, sharding),
@@ -398,7 +384,7 @@ def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> st
 
 
 def candidates(signature: Signature, device: Device, platform: str) -> list[RaggedPageAttentionv2Config]:
-    """The configs worth timing, of every backend that can take the call; each names its platform."""
+    """The configs worth timing, of every backend that can take the call, the preferred one's heuristic first."""
     found = []
     for slot in registry.able(platform, signature, device):
         implementation = registry.implementation_of(slot)
@@ -408,12 +394,7 @@ def candidates(signature: Signature, device: Device, platform: str) -> list[Ragg
 
 
 def _platform_of(asked: str, config: Any) -> str:
-    return config.platform if asked == "auto" else asked
-
-
-def _check_chip(cfg: RaggedPageAttentionv2Config | None, device: Device) -> None:
-    if cfg is not None and cfg.backend not in ("any", device.platform):
-        raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
+    return asked if asked != "auto" or config is None else config.platform
 
 
 def stem(signature: Signature, platform: str, sharding: str) -> str:
@@ -422,26 +403,23 @@ def stem(signature: Signature, platform: str, sharding: str) -> str:
     >>> stem(registry.TYPICAL, "auto", "none")
     'auto tokens<=8 seqs<=8 pages<=128 heads=32/8 dim=128 page=16 q=bfloat16 kv=bfloat16 compute=bfloat16'
     """
-    window = signature.sliding_window
-    parts = [
-        platform,
-        f"tokens<={_bucket(signature.num_tokens)}",
-        f"seqs<={_bucket(signature.max_seqs)}",
-        f"pages<={_bucket(signature.pages_per_seq)}",
-        f"heads={signature.num_q_heads}/{signature.num_kv_heads}",
-        f"dim={signature.head_dim}",
-        f"page={signature.page_size}",
-        f"q={signature.q_dtype}",
-        f"kv={signature.kv_dtype}",
-        f"compute={signature.compute_dtype}",
-        "" if window is None else f"window<={_bucket(window)}",
-        "" if signature.vmem_limit_bytes is None else f"vmem={signature.vmem_limit_bytes}",
-        "" if sharding == "none" else f"sharding={sharding}",
-    ]
-    flags = ("sinks", "k_scale", "v_scale", "return_lse", "optimized")
-    parts += [name for name in flags if getattr(signature, name)]
-    parts += ["cap"] if signature.logits_soft_cap is not None else []
-    return " ".join(part for part in parts if part)
+    told = {
+        "tokens<": _bucket(signature.num_tokens),
+        "seqs<": _bucket(signature.max_seqs),
+        "pages<": _bucket(signature.pages_per_seq),
+        "heads": f"{signature.num_q_heads}/{signature.num_kv_heads}",
+        "dim": signature.head_dim,
+        "page": signature.page_size,
+        "q": signature.q_dtype,
+        "kv": signature.kv_dtype,
+        "compute": signature.compute_dtype,
+        "window<": signature.sliding_window and _bucket(signature.sliding_window),
+        "vmem": signature.vmem_limit_bytes,
+        "sharding": None if sharding == "none" else sharding,
+    }
+    flags = [name for name in ("sinks", "k_scale", "v_scale", "return_lse", "optimized") if getattr(signature, name)]
+    flags += ["cap"] if signature.logits_soft_cap is not None else []
+    return " ".join([platform, *(f"{name}={value}" for name, value in told.items() if value is not None), *flags])
 
 
 def _bucket(count: int) -> int:

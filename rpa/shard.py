@@ -31,8 +31,8 @@ from rpa.signature import Inputs, Signature
 
 
 def run(
-    arrays: tuple, options: tuple, check_values: Any, platform: Any, cfg: Any, mesh: Any, in_specs: Any,
-    out_specs: Any, check_vma: bool = False,
+    arrays: Inputs, options: tuple, platform: Any, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
+    check_vma: bool = False, validate: Any = False,
 ) -> Any:  # fmt: skip
     """The public function over a mesh: the same arguments and answer, computed on every device of it.
 
@@ -40,7 +40,7 @@ def run(
         TypeError, ValueError: as without a mesh, and where the mesh and the shapes do not fit; the text names the axis.
     """
     check_mesh(mesh)
-    inputs, signature = api.prepare(arrays, options, check_values)
+    inputs, signature = api.prepare(arrays, options, validate)
     api.check_config(cfg)
     local, device, plan = share_of(inputs, signature, mesh, in_specs)
     wanted = _out_specs(out_specs, signature)
@@ -52,16 +52,15 @@ def run(
     return (output, lse) if signature.return_lse else output
 
 
-def wrapper(arrays: tuple, options: tuple, platform: Any, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
-            check_vma: bool = False) -> tuple[Any, tuple]:  # fmt: skip
+def wrapper(arrays: Inputs, options: tuple, **over: Any) -> tuple[Any, tuple]:
     """A function of the seven arrays that runs them over the mesh, and the arrays to call it with."""
-    check_mesh(mesh)
-    *_, k_scale, v_scale = arrays
+    check_mesh(over["mesh"])
+    *seven, k_scale, v_scale = arrays
 
-    def sharded(*seven: Any) -> Any:
-        return run((*seven, k_scale, v_scale), options, False, platform, cfg, mesh, in_specs, out_specs, check_vma)
+    def sharded(*given: Any) -> Any:
+        return run(Inputs(*given, k_scale=k_scale, v_scale=v_scale), options, **over)
 
-    return sharded, arrays[:7]
+    return sharded, tuple(seven)
 
 
 def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:
