@@ -10,9 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from fuzz.bench import arrays, ceilings, cells, page, record, run, session
+from fuzz.bench import arrays, ceilings, cells, page, peers, record, run, session
 from fuzz.bench.clock import Timing
 from oracle import Case, attend, judge
+from rpa import ragged_page_attention_v2
 
 CEILINGS = ceilings.Ceilings("test", 0, 1e9, {"float32": 1e9, "bfloat16": 1e9}, {})
 CELL = cells.decode("tiny", "full", 2, 40, page=8)
@@ -70,6 +71,48 @@ def test_sampled_rows_are_the_batch_rows():
     for rows, case in sampled:
         verdict = judge(case, whole[rows].astype(np.float32))
         assert verdict.status == "pass", verdict.text
+
+
+# ------------------------------------------------------------------ peers
+
+
+def a_peer(wrong: float = 0.0):
+    """Somebody's kernel in JAX, through an adapter as the search's are."""
+
+    def adapter(q, kv, lens, tables, starts, num_seqs, sinks=None, **options) -> Any:
+        output: Any = ragged_page_attention_v2(q, kv, lens, tables, starts, num_seqs, sinks, **options)
+        return output + wrong
+
+    adapter.supports = lambda case: "it takes no windows" if case.sliding_window else None  # type: ignore[attr-defined]
+    return peers._contender("somebody", dataclasses.replace(peers.PEERS["ejkernel"]), adapter)
+
+
+def test_peer_is_judged_like_ours(batch):
+    right, wrong = (run.one(batch, a_peer(by), CEILINGS, "cpu") for by in (0.0, 0.01))
+    assert (right.status, right.backend) == ("pass", "peer:somebody"), right.reason
+    assert right.time > 0
+    assert (wrong.status, wrong.seconds) == ("fail", None)
+
+
+def test_peer_that_cannot_says_why():
+    batch = arrays.make(cells.decode("tiny", "window f32", 1, 40, page=8), cache_bytes=0)
+    assert run.one(batch, a_peer(), CEILINGS, "cpu").reason == "it takes no windows"
+
+
+@pytest.mark.parametrize(
+    ("cell", "able"),
+    [
+        (cells.decode("llama3-8b", "full", 1, 8), {"flashinfer fa2", "flashinfer decode", "fa3", "jax paged"}),
+        (cells.decode("gpt-oss", "local", 1, 8), {"flashinfer fa2", "fa3"}),
+        (cells.decode("gpt-oss", "global", 1, 8), {"fa3"}),
+        (cells.mixed("llama3-8b", "full", 2, 8, 16, ((4, 4),)), {"flashinfer fa2", "fa3", "fa3 two calls"}),
+        (cells.decode("tiny", "full", 1, 8), {"jax paged"}),
+    ],
+)
+def test_peers_are_timed_where_they_can(cell, able):
+    batch = arrays.make(cell, cache_bytes=0)
+    asked = ("flashinfer fa2", "flashinfer decode", "fa3", "fa3 two calls", "jax paged")
+    assert {name for name in asked if peers.PEERS[name].gap(None, batch) is None} == able
 
 
 # ------------------------------------------------------------------ floors

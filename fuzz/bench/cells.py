@@ -111,17 +111,18 @@ def cpu_cells() -> list[Cell]:
 
 
 def gpu_cells() -> list[Cell]:
-    """The cells in which GPU kernels are compared, at pages of 16 and 64."""
+    """The cells in which GPU kernels are compared, at pages of 16, 64 and 128."""
     cells = []
-    for page in (16, 64):
+    for page in (16, 64, 128):
         for batch, contexts in (
             (1, (K, 8 * K, 32 * K, 128 * K)),
             (8, (K, 8 * K, 32 * K)),
-            (64, (K, 8 * K)),
-            (256, (K,)),
+            (64, (K, 8 * K, 32 * K)),
+            (256, (K, 8 * K)),
         ):
             cells += [decode("llama3-8b", "full", batch, n, page) for n in contexts]
-        cells += [decode("llama3-70b-tp8", "full", b, 8 * K, page) for b in (1, 8, 64)]
+        cells += [decode("llama3-70b-tp8", "full", b, 8 * K, page) for b in (1, 8, 64, 256)]
+        cells += [decode("llama3-70b-tp8", "full", 64, 32 * K, page)]
         cells += [decode("gpt-oss", "local", b, 8 * K, page) for b in (8, 64, 256)]
         cells += [decode("gpt-oss", "global", b, 8 * K, page) for b in (8, 64)]
         cells += [decode("gemma2", "local", b, 8 * K, page) for b in (8, 64)]

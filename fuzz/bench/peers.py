@@ -1,170 +1,152 @@
 """The peers that are installed on this machine, judged and timed on the same arrays in the same run.
 
-A peer is an entry in `PEERS`: what must load, and a function that binds it to a batch. FlashAttention-3 and vLLM's
-Triton kernel run in PyTorch on the very buffers that JAX made (DLPack, no copy), keys and values as strided views of
-the combined pages.
+A peer is an entry in `PEERS`: its chips, what must load, what binds it to a batch, what it cannot do. The JAX ones are
+the search's own adapters; the PyTorch ones live in `torch_peers`.
 """
-
-# pyright: reportMissingImports=false
-# PyTorch is no dependency: a peer is timed where its owner installed it.
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
+import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from fuzz.bench import torch_peers
 from fuzz.bench.arrays import Batch
 from fuzz.bench.run import Contender
 
+Prepared = tuple[Callable[..., Any], list[tuple]]  # a function and its arguments for each rotation
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's kernel: none is required, those that load are timed."""
+
+    chips: tuple[str, ...]
+    load: Callable[[], Any]  # the library, or None where it is not installed
+    prepare: Callable[[Any, Batch], Prepared]
+    gap: Callable[[Any, Batch], str | None]  # why it cannot run this batch, or None
+    torch: bool = False
+
 
 def here(chip: str) -> list[Contender]:
-    """Every peer that can run on `chip` in this process; none is required."""
-    found = []
-    for name, (wanted, load, bind) in PEERS.items():
-        if wanted == chip and (library := load()) is not None:
-            found.append(_contender(name, library, bind))
-    return found
+    """Every peer that can run on `chip` in this process."""
+    return [
+        _contender(name, peer, library)
+        for name, peer in PEERS.items()
+        if chip in peer.chips and (library := peer.load()) is not None
+    ]
 
 
-def _contender(name: str, library: Any, bind: Callable[[Any, Batch], Callable]) -> Contender:
-    def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
-        call = bind(library, batch)
-        return call, [(i,) for i in range(len(batch.tables))]
-
-    def unsupported(batch: Batch) -> str | None:
-        layer = batch.cell.layer
-        if layer.dtype not in ("bfloat16", "float16") or layer.quantised:
-            return f"{name} is timed on 16-bit caches"
-        return None
-
+def _contender(name: str, peer: Peer, library: Any) -> Contender:
     # No claim of its own: a peer is held to the default one for its dtypes.
-    return Contender(f"peer:{name}", prepare, lambda batch: None, unsupported, _from_torch, _wait)
+    return Contender(
+        f"peer:{name}",
+        lambda batch: peer.prepare(library, batch),
+        lambda batch: None,
+        lambda batch: peer.gap(library, batch),
+        torch_peers.to_numpy if peer.torch else np.asarray,
+        torch_peers.wait if peer.torch else jax.block_until_ready,
+    )
 
 
-def _from_torch(tensor: Any) -> np.ndarray:
-    """A bfloat16 tensor as NumPy; float32 on the way, which holds every bfloat16."""
-    import ml_dtypes
-
-    return tensor.float().cpu().numpy().astype(ml_dtypes.bfloat16)
+# ------------------------------------------------------------------ JAX: the search's adapters
 
 
-def _wait(result: Any) -> Any:
-    import torch
+def _adapter(module: str, function: str) -> Callable[[], Any]:
+    def load() -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other packages' deprecations
+                return getattr(importlib.import_module(f"fuzz.adapters.{module}"), function)
+        except ImportError:
+            return None
 
-    torch.cuda.synchronize()
-    return result
+    return load
 
 
-def _tensors(batch: Batch) -> dict[str, Any]:
-    """The batch as PyTorch tensors over the same device memory."""
-    import torch
+def _prepare_adapter(adapter: Any, batch: Batch) -> Prepared:
+    """The adapter under jit; tables as wide as a multiple of 64 pages, without which ejkernel reads the wrong ones."""
+    program = jax.jit(lambda *arrays: adapter(*arrays, **batch.options))
 
-    pages = torch.from_dlpack(batch.kv_pages)  # [P, page, 2 * Hkv, D]
-    queries = torch.from_dlpack(batch.queries)
-    on_device = {"device": queries.device, "dtype": torch.int32}
-    return {
-        "q": queries,
-        "k": pages[:, :, 0::2],
-        "v": pages[:, :, 1::2],
-        "lens": torch.tensor(batch.context_lens, **on_device),
-        "offsets": torch.tensor(batch.query_start_loc, **on_device),
-        "tables": [torch.tensor(table, **on_device) for table in batch.tables],
-        "sinks": None if batch.sinks is None else torch.from_dlpack(batch.sinks),
-        "out": torch.empty_like(queries),
+    def arguments(rotation: int) -> tuple:
+        q, kv, lens, tables, starts, count, sinks = batch.arguments(rotation)
+        tables = np.pad(tables, ((0, 0), (0, -tables.shape[1] % 64)))
+        return (q, kv, *map(jnp.asarray, (lens, tables, starts, np.array([count], np.int32))), sinks)
+
+    return program, [arguments(i) for i in range(len(batch.tables))]
+
+
+def _adapter_gap(adapter: Any, batch: Batch) -> str | None:
+    return adapter.supports(batch.judged[0][1])
+
+
+# ------------------------------------------------------------------ JAX: its paged decode kernel for GPUs
+
+
+def _load_paged() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and still what JAX has
+        try:
+            return importlib.import_module("jax.experimental.pallas.ops.gpu.paged_attention").paged_attention
+        except ImportError:
+            return None
+
+
+def _prepare_paged(paged_attention: Any, batch: Batch) -> Prepared:
+    """Keys and values as it wants them, `[Hkv, P, page, D]`, copied outside the timed call."""
+    cell = batch.cell
+    k, v = (jnp.transpose(batch.kv_pages[:, :, i::2], (2, 0, 1, 3)) for i in (0, 1))
+    scale = cell.model.softmax_scale or cell.model.head_dim**-0.5
+    options = {
+        "block_h": 16,
+        "pages_per_compute_block": max(1, 64 // cell.page_size),
+        "k_splits": 16,
+        "num_warps": 4,
+        "num_stages": 2,
+        "attn_logits_soft_cap": cell.layer.logits_soft_cap,
     }
+    scaled = batch.queries * jnp.asarray(scale, batch.queries.dtype)
+    program = jax.jit(lambda *arrays: paged_attention(*arrays, **options))
+    lens = jnp.asarray(batch.context_lens)
+    return program, [(scaled, k, v, jnp.asarray(tables), lens) for tables in batch.tables]
 
 
-def _options(batch: Batch) -> tuple[float, tuple[int, int], float]:
-    """Scale, window as (keys before, keys after), cap: the two libraries' shared conventions."""
-    model, layer = batch.cell.model, batch.cell.layer
-    window = (-1, -1) if layer.sliding_window is None else (layer.sliding_window - 1, 0)
-    return model.softmax_scale or model.head_dim**-0.5, window, layer.logits_soft_cap or 0.0
-
-
-# ------------------------------------------------------------------ FlashAttention-3, as vLLM ships it
-
-
-def _load_fa3() -> Any:
-    """The operator library: from an installed vllm, or `fa3.so` in the folder that RPA_PEERS names."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    spec = importlib.util.find_spec("vllm")
-    places = [Path(os.environ["RPA_PEERS"]) / "fa3.so"] if "RPA_PEERS" in os.environ else []
-    if spec is not None and spec.origin:
-        places += Path(spec.origin).parent.glob("vllm_flash_attn/_vllm_fa3_C*.so")
-    for place in places:
-        if place.exists():
-            torch.ops.load_library(str(place))
-            return torch.ops._vllm_fa3_C
+def _paged_gap(_: Any, batch: Batch) -> str | None:
+    layer = batch.cell.layer
+    if max(batch.cell.queries) > 1:
+        return "it decodes only"
+    if layer.sliding_window or layer.sinks:
+        return "it has neither windows nor sinks"
     return None
 
 
-def _bind_fa3(library: Any, batch: Batch) -> Callable:
-    import torch
-
-    t = _tensors(batch)
-    scale, window, cap = _options(batch)
-    sinks = None if t["sinks"] is None else t["sinks"].to(torch.bfloat16)
-    longest_q, longest_kv = max(batch.cell.queries), max(batch.cell.contexts)
-
-    def call(rotation: int) -> Any:
-        library.fwd(
-            t["q"], t["k"], t["v"], None, None, None, t["out"], t["offsets"], None, None, None, t["lens"], longest_q,
-            longest_kv, t["tables"][rotation], None, None, None, None, None, None, None, None, scale, True, *window,
-            cap, True, None, 0, None, 0, sinks, 1, 0, None,
-        )  # fmt: skip
-        return t["out"]
-
-    return call
+# ------------------------------------------------------------------ the list
 
 
-# ------------------------------------------------------------------ vLLM's Triton kernel
+def _torch(load: Callable[[], Any], bind: Callable[[Any, Batch], Callable], gap: Callable) -> Peer:
+    def prepare(library: Any, batch: Batch) -> Prepared:
+        return bind(library, batch), [(i,) for i in range(len(batch.tables))]
+
+    return Peer(("gpu",), load, prepare, lambda _, batch: torch_peers.gap(batch) or gap(batch), torch=True)
 
 
-def _load_vllm() -> Any:
-    try:
-        return importlib.import_module("vllm.v1.attention.ops.triton_unified_attention")
-    except ImportError:
-        return None
-
-
-def _bind_vllm(library: Any, batch: Batch) -> Callable:
-    import torch
-
-    t = _tensors(batch)
-    scale, window, cap = _options(batch)
-    model, segments = batch.cell.model, 16
-    threshold = 128 // model.num_kv_heads  # vLLM splits a decode batch up to this many sequences
-    split = max(batch.cell.queries) == 1 and batch.num_seqs <= threshold
-    rows, width = len(batch.queries) if split else 1, 1 << (model.head_dim - 1).bit_length()
-    scratch = torch.empty(rows, model.num_q_heads, segments, width, device=t["q"].device)
-    peak = torch.empty(rows, model.num_q_heads, segments, device=t["q"].device)
-    total = torch.empty_like(peak)
-
-    def call(rotation: int) -> Any:
-        library.unified_attention(
-            q=t["q"], k=t["k"], v=t["v"], out=t["out"], cu_seqlens_q=t["offsets"],
-            max_seqlen_q=max(batch.cell.queries), seqused_k=t["lens"], max_seqlen_k=max(batch.cell.contexts),
-            softmax_scale=scale, causal=True, window_size=window, block_table=t["tables"][rotation], softcap=cap,
-            q_descale=None, k_descale=None, v_descale=None, seq_threshold_3D=threshold,
-            num_par_softmax_segments=segments, softmax_segm_output=scratch, softmax_segm_max=peak,
-            softmax_segm_expsum=total, sinks=t["sinks"],
-        )  # fmt: skip
-        return t["out"]
-
-    return call
-
-
-# name -> (chip, what must load, what binds it to a batch)
-PEERS: dict[str, tuple[str, Callable[[], Any], Callable[[Any, Batch], Callable]]] = {
-    "fa3": ("gpu", _load_fa3, _bind_fa3),
-    "vllm": ("gpu", _load_vllm, _bind_vllm),
+PEERS: dict[str, Peer] = {
+    "ejkernel": Peer(("cpu", "gpu"), _adapter("ejkernel", "attention"), _prepare_adapter, _adapter_gap),
+    "jax": Peer(("tpu",), _adapter("jax_upstream", "attention"), _prepare_adapter, _adapter_gap),
+    "tpu-inference": Peer(("tpu",), _adapter("tpu_inference", "attention"), _prepare_adapter, _adapter_gap),
+    "jax paged": Peer(("gpu",), _load_paged, _prepare_paged, _paged_gap),
+    "fa3": _torch(torch_peers.load_fa3, torch_peers.bind_fa3, torch_peers.anything),
+    "fa3 scheduled": _torch(torch_peers.load_fa3, torch_peers.bind_fa3_scheduled, torch_peers.anything),
+    "fa3 two calls": _torch(torch_peers.load_fa3, torch_peers.bind_fa3_twice, torch_peers.only_mixed),
+    "flashinfer fa2": _torch(torch_peers.load_flashinfer, torch_peers.bind_flashinfer, torch_peers.flashinfer_gap),
+    "flashinfer decode": _torch(
+        torch_peers.load_flashinfer, torch_peers.bind_flashinfer_decode, torch_peers.flashinfer_decode_gap
+    ),
+    "vllm": _torch(torch_peers.load_vllm, torch_peers.bind_vllm, torch_peers.anything),
 }
