@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,18 +96,17 @@ class Kernel:
 
     def query(self, inv: Invocation) -> Query:
         """What selection has to know about an invocation."""
-        device = current(next((v for v in (*inv.args, *inv.kwargs.values()) if isinstance(v, jax.Array)), None))
-        arguments = {**dict(enumerate(inv.args)), **inv.kwargs}
-        arrays = {str(name): value for name, value in arguments.items() if _is_array(value)}
-        fixed = {name: value for name, value in arguments.items() if not _is_array(value)}
-        traced = any(is_traced(value) for value in arrays.values())
+        given = {**dict(enumerate(inv.args)), **inv.kwargs}
+        names = [name for name, value in given.items() if _is_array(value)]
+        device = current(next((value for value in given.values() if isinstance(value, jax.Array)), None))
+        traced = any(is_traced(given[name]) for name in names)
         run = self.hook("run", device.platform)
 
         def program(cfg: Any) -> Callable[..., Any]:
-            def call(arrays: Mapping[str, Any]) -> Any:
-                named = {**fixed, **arrays}
-                args = [arrays[str(i)] if str(i) in arrays else fixed[i] for i in range(len(inv.args))]
-                return run(*args, cfg=cfg, **{name: named[name] for name in inv.kwargs})
+            def call(*arrays: Any) -> Any:
+                full = given | dict(zip(names, arrays, strict=True))
+                args = [full[i] for i in range(len(inv.args))]
+                return run(*args, cfg=cfg, **{name: full[name] for name in inv.kwargs})
 
             return call
 
@@ -117,7 +117,7 @@ class Kernel:
             heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
             candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
             program=program,
-            args=(arrays,),
+            args=tuple(given[name] for name in names),
             explicit=inv.override_cfg,
             untunable=lambda: "inside jit there is nothing to time: heuristics decide" if traced else None,
             accelerator=device.platform in ("gpu", "tpu"),
@@ -150,36 +150,33 @@ class Executor:
         **kwargs: Any,
     ) -> Any:
         """Run `kernel` on these arguments; with a mesh (or `method="shard_map"`), over it."""
-        override = kwargs.pop("_cfg", cfg)
-        args, kwargs = kernel.prepare(*args, **kwargs)
-        over = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
-        inv = Invocation(kernel.op_id, args, kwargs, override_cfg=override, stamp=stamp, method=method, **over)
-        sharded = method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs))
         if method not in (None, "shard_map"):
             raise ValueError(f"method={method!r}: 'shard_map' or None is expected")
+        over = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
+        inv = _invocation(kernel, args, kwargs, cfg, stamp=stamp, method=method, **over)
         chosen = self.chooser.choose(inv, kernel)
-        if sharded:
-            fn, call_args, *callback = kernel.create_shard_map_wrapper(*args, cfg=chosen, **over, **kwargs)
+        if method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs)):
+            wrap = kernel.create_shard_map_wrapper
+            fn, call_args, *callback = wrap(*inv.args, cfg=chosen, **over, **inv.kwargs)
             output = fn(*call_args)
             return callback[0](output) if callback else output
         run = kernel.hook("run", current().platform)
-        if not stamp:
-            return run(*args, cfg=chosen, **kwargs)
-        with jax.named_scope(f"{self.stamp_prefix}#{kernel.op_id}@{kernel.version}"):
-            return run(*args, cfg=chosen, **kwargs)
+        scope = jax.named_scope(f"{self.stamp_prefix}#{kernel.op_id}@{kernel.version}") if stamp else nullcontext()
+        with scope:
+            return run(*inv.args, cfg=chosen, **inv.kwargs)
 
     def choose_config(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Any:
         """The config a call would run on."""
-        override = kwargs.pop("_cfg", cfg)
-        args, kwargs = kernel.prepare(*args, **kwargs)
-        return self.chooser.choose(Invocation(kernel.op_id, args, kwargs, override_cfg=override), kernel)
+        return self.chooser.choose(_invocation(kernel, args, kwargs, cfg), kernel)
 
     def compile(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Callable[..., Any]:
         """A jitted function of the kernel's arrays on the config that these examples select."""
         chosen = self.choose_config(kernel, *args, cfg=kwargs.pop("_cfg", cfg), **kwargs)
         fixed = {name: value for name, value in kwargs.items() if not _is_array(value)}
+        return jax.jit(lambda *arrays, **named: self(kernel, *arrays, cfg=chosen, **{**fixed, **named}))
 
-        def run(*arrays: Any, **named: Any) -> Any:
-            return kernel.run(*arrays, cfg=chosen, **{**fixed, **named})
 
-        return jax.jit(run)
+def _invocation(kernel: Kernel, args: Any, kwargs: dict[str, Any], cfg: Any, **how: Any) -> Invocation:
+    override = kwargs.pop("_cfg", cfg)  # the seed's name for it
+    args, kwargs = kernel.prepare(*args, **kwargs)
+    return Invocation(kernel.op_id, args, kwargs, override_cfg=override, **how)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -72,6 +73,7 @@ class Tuner:
         margin: the least relative gain that displaces the first candidate; the noise of the samples adds to it.
         budget: seconds for compiling and timing; what does not fit is counted, not tried.
         progress: wraps the iterable of trials, as `rich.progress.track` does.
+        exclusive: makes a context in which the device is this process's alone, where several tune at once.
         clock: seconds, for tests.
     """
 
@@ -84,6 +86,7 @@ class Tuner:
         margin: float = 0.02,
         budget: float = 60.0,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+        exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if warmup < 0 or iters < 1:
@@ -92,7 +95,7 @@ class Tuner:
         self.history: deque[Report] = deque(maxlen=64)
         self._verify = verify
         self._progress = progress or (lambda items, text: items)
-        self._clock = clock
+        self._exclusive, self._clock = exclusive, clock
 
     @property
     def verify(self) -> Verifier | None:
@@ -119,48 +122,52 @@ class Tuner:
         """
         started = self._clock()
         trials = [Trial(config) for config in candidates]
-        texts: dict[str, Trial] = {}
+        texts: dict[str, Any] = {}  # lowered text -> config
         for trial in self._progress(trials, "judging"):
-            if texts and self._clock() - started > self.budget / 2:
-                trial.status, trial.detail = "out of budget", "no time was left to compile it"
-                continue
-            self._admit(trial, make_fn(trial.config), tuple(args), kwargs, texts)
+            late = texts and self._clock() - started > self.budget / 2
+            trial.status, trial.detail = (
+                ("out of budget", "no time was left to compile it")
+                if late
+                else self._admit(trial, make_fn(trial.config), tuple(args), kwargs, texts)
+            )
         alive = [trial for trial in trials if trial.status == "timed"]
         if not alive:
             raise TuningFailed("\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates")
-        rounds, calls = _split(self.iters)
-        for _ in self._progress(range(rounds), "timing"):
-            if alive[0].seconds and self._clock() - started > self.budget:
-                break
-            for trial in alive:
-                trial.seconds.append(self._sample(trial.program, tuple(args), kwargs, calls))
-            alive = list(_contenders(alive))
+        with self._exclusive():
+            self._time(alive, tuple(args), kwargs, started)
         report = self._decide(trials)
         self.history.append(report)
         return report.winner
 
-    def _admit(self, trial: Trial, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], texts: dict) -> None:
-        """Compile, compare with what is there already, run and judge one candidate."""
+    def _admit(self, trial: Trial, fn: Any, args: tuple, kwargs: dict, texts: dict[str, Any]) -> tuple[str, str]:
+        """Compile, compare with what is there already, run and judge one candidate: its status and the reason."""
         try:
             lowered = _jitted(fn).lower(*args, **kwargs)
             text = lowered.as_text().replace(getattr(fn, "label", "\0"), "")  # the label names the config
             if text in texts:
-                trial.status, trial.detail = (
-                    "duplicate",
-                    f"lowers to the same program as {texts[text].config}",
-                )
-                return
+                return "duplicate", f"lowers to the same program as {texts[text]}"
             trial.program = lowered.compile()
-            output = self._warm(trial.program, args, kwargs)
+            with self._exclusive():
+                output = self._warm(trial.program, args, kwargs)
             judged = isinstance(fn, Program) or self._verify is not None
             wrong = self.verify(fn, args, output) if judged and self.verify is not None else None
         except Exception as error:  # one candidate's failure must not end the search; it is shown, not swallowed
             text = f"{type(error).__name__}: {error}"
             exhausted = any(sign.lower() in text.lower() for sign in _EXHAUSTED)
-            trial.status, trial.detail = ("out of resources" if exhausted else "failed"), text
-            return
-        texts[text] = trial
-        trial.status, trial.detail = ("timed", "") if wrong is None else ("wrong", wrong)
+            return ("out of resources" if exhausted else "failed"), text
+        texts[text] = trial.config
+        return ("timed", "") if wrong is None else ("wrong", wrong)
+
+    def _time(self, alive: list[Trial], args: tuple, kwargs: dict, started: float) -> None:
+        """Rounds in which every candidate has its turn; one at half the best's speed is given up."""
+        rounds, calls = _split(self.iters)
+        for done in self._progress(range(rounds), "timing"):
+            if done and self._clock() - started > self.budget:
+                return
+            for trial in alive:
+                trial.seconds.append(self._sample(trial.program, args, kwargs, calls))
+            fastest = min(trial.median for trial in alive)
+            alive = [alive[0], *(trial for trial in alive[1:] if trial.median < 2 * fastest)]
 
     def _warm(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = compiled(*args, **kwargs)
@@ -231,14 +238,6 @@ def _split(iters: int) -> tuple[int, int]:
     """Rounds, and calls in each."""
     rounds = min(10, iters)
     return rounds, -(-iters // rounds)
-
-
-def _contenders(trials: list[Trial]) -> Iterator[Trial]:
-    """The first trial and those that may still win: a candidate at half the best's speed will not."""
-    fastest = min(trial.median for trial in trials)
-    for index, trial in enumerate(trials):
-        if index == 0 or trial.median < 2 * fastest:
-            yield trial
 
 
 def _on_gpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
