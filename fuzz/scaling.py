@@ -133,25 +133,27 @@ def main() -> None:
     chosen = parser.parse_args()
     rows = []
     for step in SMALL if chosen.small else STEPS:
-        one, _, _ = measure(step, jax.devices()[:1])
+        one, alone, _ = measure(step, jax.devices()[:1])
         count = 2
         while count <= len(jax.devices()):
             seconds, output, arguments = measure(step, jax.devices()[:count])
             judged = verdict(step, output, arguments)
+            bits = bool(np.array_equal(np.asarray(output).view(np.uint16), np.asarray(alone).view(np.uint16)))
             rows.append({"step": step.name, "devices": count, "one_us": one * 1e6, "us": seconds * 1e6,
-                         "speedup": one / seconds, "oracle": judged})  # fmt: skip
+                         "speedup": one / seconds, "oracle": judged, "bits_of_one": bits})  # fmt: skip
             times = f"{count} devices {seconds * 1e6:.1f} us, one {one * 1e6:.1f} us"
             gain = f"{one / seconds:.2f}x, efficiency {one / seconds / count:.0%}"
-            print(f"{step.name}: {times}, {gain}, oracle: {judged}", flush=True)
+            same = "the bits of one device" if bits else "other bits than one device"
+            print(f"{step.name}: {times}, {gain}, oracle: {judged}, {same}", flush=True)
             count *= 2
         for devices, hosts in ((4, 1), (8, 1), (64, 8)):
             seconds = estimate(step, one, devices, hosts)
             rows.append({"step": step.name, "devices": devices, "us": seconds * 1e6, "speedup": one / seconds,
                          "estimate": True})  # fmt: skip
             print(f"  estimate on {devices}: {seconds * 1e6:.1f} us, {one / seconds:.2f}x", flush=True)
-    if chosen.json:
-        with open(chosen.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+        if chosen.json:
+            with open(chosen.json, "w", encoding="utf-8") as file:
+                json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":
