@@ -193,6 +193,8 @@ def _keys_values(plan: Plan, layout: Layout, queries: np.ndarray) -> tuple[np.nd
     if plan.data == "spikes":
         values = values.copy()
         _spikes(plan, layout, queries, keys, values, scale)
+    if plan.data == "cliff":
+        _cliffs(plan, layout, queries, keys, scale)
     return keys, values
 
 
@@ -234,6 +236,19 @@ def _spikes(
         raised = edges % 3 != plan.seed % 3  # some stay low, so that a missing key is not always the loudest
         row = int(layout.starts[s]) + plan.seed % plan.lengths[s][0]
         keys[page[raised], slot[raised]] += 4 * _toward(plan, queries, row, scale)
+
+
+def _cliffs(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, scale: float) -> None:
+    """Logits of about 120 at the keys that some rows of a tile see and others must not: nothing else survives there."""
+    for s, low, high in layout.spans:
+        rows, start = plan.lengths[s][0], int(layout.starts[s])
+        for key, row in (
+            (high - 1, start),
+            (low, start + rows - 1),
+        ):  # the future of one, before the window of the other
+            rise = 120 * _toward(plan, queries, row, scale)
+            largest = np.abs(rise).max(axis=-1, keepdims=True)
+            keys[_slots(plan, layout, s, np.array([key]))] += rise * np.minimum(1, 2000 / largest)  # float16 holds it
 
 
 def boundaries(shape: Shape, length: tuple[int, int], low: int, high: int) -> np.ndarray:

@@ -60,6 +60,7 @@ class Tally:
     worst: float = 0.0
     compiled: dict[str, int] = field(default_factory=dict)  # by session and worker
     exact: int = 0
+    elements: int = 0  # compared with a finite bound
     next_chunk: int = 0
     session: int = 0
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Tally:
             self.skipped[line["text"]] += 1
             return
         ratio = line["ratio"]
+        self.elements += line.get("elements", 0)
         self.coverage.add(plan, ratio)
         if line.get("waived"):
             self.waived += 1
@@ -247,7 +249,8 @@ class Campaign:
         told = {"text": report["text"]} if report["status"] != "pass" else {}
         ratio = report["ratio"] if report["ratio"] < 1e300 else None  # JSON has no infinity
         self._write("case", worker=worker, status=report["status"], kind=report["kind"], ratio=ratio,
-                    ms=round(1e3 * report["seconds"], 2), compiled=report["compiled"], plan=plan.to_json(),
+                    ms=round(1e3 * report["seconds"], 2), compiled=report["compiled"],
+                    elements=report["elements"], plan=plan.to_json(),
                     **told, **({"waived": waived} if waived else {}))  # fmt: skip
 
     def _failure(self, found: dict[str, Any]) -> None:
@@ -274,6 +277,7 @@ class Campaign:
                 "text": text,
                 "seconds": 0.0,
                 "compiled": 0,
+                "elements": 0,
             }
             self._case(worker, plan, report)
             self._write("failure", id=f"{how}-{words.replace(' ', '-')}", kind=how, status="fail", text=text,
@@ -340,6 +344,7 @@ def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, troub
         "cases": tally.cases, "verified": tally.verified, "failed": tally.failed, "vacuous": tally.vacuous,
         "waived": tally.waived, "skipped": dict(tally.skipped), "worst_ratio": {settings.target: tally.worst},
         "kinds": dict(tally.kinds), "seconds": round(tally.seconds, 2), "exact_cases": tally.exact,
+        "elements": tally.elements,
         "cases_per_second": round(tally.cases / tally.seconds, 1) if tally.seconds else None,
         "compilations": sum(tally.compiled.values()), "sessions": tally.session,
         "pairs": {"seen": pairs, "possible": possible},

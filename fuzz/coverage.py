@@ -9,37 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from fuzz.plan import (
-    CAPS,
-    DATA,
-    GROUPS,
-    HEAD_DIMS,
-    HOLES,
-    KV_HEADS,
-    PAGES,
-    TABLES,
-    TIERS,
-    TYPES,
-    Plan,
-    Shape,
-    allowed,
-)
+from fuzz import stream
+from fuzz.plan import DATA, HOLES, TABLES, Plan, Shape
 
 Feature = tuple[str, Any]
 Pair = tuple[Feature, Feature]
 
 # Axis -> values, in the order a reader wants them. Static axes first.
 AXES: dict[str, tuple[Any, ...]] = {
-    "types": tuple(TYPES),
-    "page": PAGES,
-    "kv_heads": KV_HEADS,
-    "group": GROUPS,
-    "head_dim": HEAD_DIMS,
-    "window": ("none", "one", "few", "page", "wide", "over"),
-    "cap": CAPS,
-    "sinks": (False, True),
-    "scale": ("default", "unit", "odd"),
-    "tier": TIERS,
+    **stream.AXES,
     "rows": ("decode", "prefill", "chunk", "blind", "empty"),
     "context": ("none", "page_end", "page_start", "inside"),
     "batch": ("none", "one", "few", "full"),
@@ -47,7 +25,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "holes": HOLES,
     "data": DATA,
 }
-STATIC = tuple(AXES)[:10]
+STATIC = tuple(stream.AXES)
 
 
 def features(plan: Plan) -> frozenset[Feature]:
@@ -63,7 +41,7 @@ def features(plan: Plan) -> frozenset[Feature]:
 @lru_cache(maxsize=4096)
 def static_features(shape: Shape) -> frozenset[Feature]:
     scale = {None: "default", 1.0: "unit"}.get(shape.scale, "odd")
-    names = ("types", "page", "kv_heads", "group", "head_dim", "cap", "sinks")
+    names = ("types", "page", "kv_heads", "group", "head_dim", "cap", "sinks", "lse")
     found: list[Feature] = [(name, getattr(shape, name)) for name in names]
     return frozenset([*found, ("scale", scale), ("window", _window(shape)), ("tier", _tier(shape))])
 
@@ -156,17 +134,11 @@ def _all(size: int) -> Iterable[tuple[Feature, ...]]:
             yield tuple(zip(axes, values, strict=True))
 
 
-# The least demanding choice; a combination is possible when it is allowed on top of one of these.
-_BASE = {"types": "f32", "kv_heads": 1, "group": 1, "head_dim": 3, "tier": "small"}
-
-
 def possible(combination: tuple[Feature, ...]) -> bool:
     """Whether a plan can have these features together."""
     wanted = dict(combination)
     static = {axis: value for axis, value in wanted.items() if axis in STATIC}
-    if not any(allowed({**_BASE, "page": page, **static}) for page in (4, 16)):
-        return False
-    return not any(rule(wanted) for rule in _IMPOSSIBLE)
+    return stream.possible(static) and not any(rule(wanted) for rule in _IMPOSSIBLE)
 
 
 def _both(first: Feature, second: Feature):
@@ -176,7 +148,6 @@ def _both(first: Feature, second: Feature):
 _IMPOSSIBLE = (
     _both(("page", 1), ("context", "page_start")),  # every context ends a page of one slot
     _both(("page", 1), ("context", "inside")),
-    _both(("page", 1), ("window", "page")),  # that is a window of one
     _both(("batch", "none"), ("rows", "decode")),  # nobody has rows
     _both(("batch", "none"), ("rows", "prefill")),
     _both(("batch", "none"), ("rows", "chunk")),

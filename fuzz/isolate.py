@@ -14,8 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-# One core a worker: BLAS threads of several workers would only wait for each other.
-_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# One core a worker: BLAS threads of several workers would only wait for each other. And no worker takes the memory of
+# an accelerator that they share, or tunes each of hundreds of shapes. What the user has set stays.
+_SHARED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+           "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "RPA_AUTOTUNE_POLICY": "heuristics"}  # fmt: skip
 
 
 class Child:
@@ -26,13 +28,13 @@ class Child:
         self.log = log
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_start, args=(serve, theirs, arguments, str(log)), daemon=True)
-        before = {name: os.environ.get(name) for name in _THREADS}
-        os.environ.update(_THREADS)  # read when the child first imports NumPy
+        added = {name: value for name, value in _SHARED.items() if name not in os.environ}
+        os.environ.update(added)  # read when the child first imports NumPy and JAX
         try:
             self.process.start()
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            for name in added:
+                del os.environ[name]
         theirs.close()
         self.busy_since = time.monotonic()
 

@@ -15,6 +15,8 @@ from oracle import Case
 from oracle.bound import Analysis, analyse
 from oracle.verdict import Verdict, compare
 
+Answer = tuple[np.ndarray, np.ndarray | None]  # output, lse
+
 REPEATS = 20
 # Data whose roundings are independent enough for the probabilistic bound.
 RANDOM_DATA = ("normal", "peaky")
@@ -41,7 +43,8 @@ class Judgement:
 
 def judge_plan(plan: Plan, target: Target) -> Judgement:
     """Build the plan's case, run the target, and judge the answer by every judge the plan asks for."""
-    return judge_case(build(plan, "tame" if target.finite_slots else "nan"), target, plan)
+    asked = target.asking(plan.shape.lse)
+    return judge_case(build(plan, "tame" if target.finite_slots else "nan"), asked, plan)
 
 
 def judge_case(case: Case, target: Target, plan: Plan | None = None) -> Judgement:
@@ -69,39 +72,47 @@ def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
     analysis = analyse(case, target.claim(case))
     verdict = compare(case, analysis, output, lse, structured=plan is None or plan.data not in RANDOM_DATA)
     if verdict.status in ("fail", "suspect"):
-        kind = (
-            "nan" if verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got) else "bound"
-        )
-        return Judgement(verdict.status, kind, verdict.text, verdict.ratio, verdict)
-    found = _beyond_bound(case, target, plan, output, analysis)
+        return Judgement(verdict.status, _kind(verdict), verdict.text, verdict.ratio, verdict)
+    if target.asks_lse and lse is None:
+        return Judgement("fail", "lse", "return_lse=True returned no lse", ratio=np.inf, verdict=verdict)
+    found = _beyond_bound(case, target, plan, (output, lse), analysis)
     if found is not None:
         return Judgement("fail", *found, ratio=np.inf, verdict=verdict)
     return Judgement(verdict.status, "bound", verdict.text, verdict.ratio, verdict)
 
 
+def _kind(verdict: Verdict) -> str:
+    """The sort of a failure: a wrong lse where only that is wrong, NaN, or a number beyond its bound."""
+    if verdict.ratio <= 1 and verdict.lse_ratio > 1:
+        return "lse"
+    broken = verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got)
+    return "nan" if broken else "bound"
+
+
 def _beyond_bound(
-    case: Case, target: Target, plan: Plan | None, output: np.ndarray, analysis: Analysis
+    case: Case, target: Target, plan: Plan | None, answer: Answer, analysis: Analysis
 ) -> tuple[str, str] | None:
     """(kind, text) of the first judge without a tolerance that objects."""
+    output = answer[0]
     if plan is None:
-        return _repeat(case, target, output, 2)
+        return _repeat(case, target, answer, 2)
     if plan.data == "exact":
         found = _exact(case, output, analysis)
         if found is not None:
             return found
     if plan.check == "repeat":
-        return _repeat(case, target, output, REPEATS)
+        return _repeat(case, target, answer, REPEATS)
     found = None
     if not target.deterministic:  # no two of its answers can be compared bit by bit
         return None
     if plan.check == "second_fill" and not target.finite_slots:
-        found = _second_fill(plan, case, target, output)
+        found = _second_fill(plan, case, target, answer)
     elif plan.check == "relation":
         from fuzz.related import check
 
         found = check(plan, case, target, output)
     # A kernel that never gives the same bits twice breaks every comparison of two calls; say so instead.
-    return found and (_repeat(case, target, output, REPEATS) or found)
+    return found and (_repeat(case, target, answer, REPEATS) or found)
 
 
 def _origin(error: BaseException) -> str:
@@ -116,11 +127,22 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def first_difference(a: np.ndarray, b: np.ndarray) -> str:
-    """Where two outputs first differ, in words."""
+    """Where two outputs, or two lse, first differ, in words."""
     one, two = a.astype(np.float64), b.astype(np.float64)
     place = np.argwhere(~((one == two) | (np.isnan(one) & np.isnan(two))))
-    row, head, dim = at = tuple(int(i) for i in place[0])
-    return f"{len(place)} elements, the first at row {row}, head {head}, dim {dim}: {one[at]:.9g} and {two[at]:.9g}"
+    at = tuple(int(i) for i in place[0])
+    where = ", ".join(f"{name} {i}" for name, i in zip(("row", "head", "dim"), at, strict=False))
+    return f"{len(place)} elements, the first at {where}: {one[at]:.9g} and {two[at]:.9g}"
+
+
+def _changed(before: Answer, after: Answer) -> str | None:
+    """Where two answers differ, output or lse, or None."""
+    for what, a, b in zip(("", "of the lse "), before, after, strict=True):
+        if (a is None) != (b is None):
+            return f"{what}one of two answers is missing"
+        if a is not None and b is not None and not same_bits(a, b):
+            return what + first_difference(a, b)
+    return None
 
 
 def _exact(case: Case, output: np.ndarray, analysis: Analysis) -> tuple[str, str] | None:
@@ -144,20 +166,20 @@ def exact_rows(case: Case) -> np.ndarray:
     return np.array(rows, np.int64)
 
 
-def _second_fill(plan: Plan, case: Case, target: Target, output: np.ndarray) -> tuple[str, str] | None:
-    again, _ = target.run(refill(plan, case, "huge"))
-    if same_bits(output, again):
+def _second_fill(plan: Plan, case: Case, target: Target, answer: Answer) -> tuple[str, str] | None:
+    changed = _changed(answer, target.run(refill(plan, case, "huge")))
+    if changed is None:
         return None
-    return "poison", "what lies in slots that no row may see changes the answer: " + first_difference(output, again)
+    return "poison", f"what lies in slots that no row may see changes the answer: {changed}"
 
 
-def _repeat(case: Case, target: Target, output: np.ndarray, times: int) -> tuple[str, str] | None:
+def _repeat(case: Case, target: Target, answer: Answer, times: int) -> tuple[str, str] | None:
     if not target.deterministic:
         return None
     for count in range(1, times):
-        again, _ = target.run(case)
-        if not same_bits(output, again):
-            return "determinism", f"call {count + 1} of the same case differs: " + first_difference(output, again)
+        changed = _changed(answer, target.run(case))
+        if changed is not None:
+            return "determinism", f"call {count + 1} of the same case differs: {changed}"
     return None
 
 

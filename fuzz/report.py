@@ -57,6 +57,7 @@ def _tiles(whole: dict[str, Any]) -> list[tuple[str, str]]:
     tiles = [
         (f"{whole['verified']:,}", "cases verified"),
         (f"{whole['failed']:,}", "cases failed"),
+        (f"{whole.get('elements', 0):,}", "output elements judged"),
         (f"{worst:.3f}", "largest error / bound"),
         (f"{pairs['seen'] / pairs['possible']:.1%}", "pairs of features tried"),
         (f"{whole['exact_cases']:,}", "cases of the exact stratum"),

@@ -78,7 +78,7 @@ class _Search:
         return False
 
 
-_DATA_ORDER = ("exact", "normal", "equal", "zero", "spikes", "ladder", "offset", "peaky")
+_DATA_ORDER = ("exact", "normal", "equal", "zero", "spikes", "ladder", "cliff", "offset", "peaky")
 _CHECK_ORDER = ("plain", "second_fill", "repeat", "relation")
 _TYPE_ORDER = ("f32", "bf16", "f16", "f32_as_bf16", "bf16_as_f32", "int8", "e4m3", "e5m2")
 
@@ -90,7 +90,7 @@ def size(plan: Plan) -> tuple[object, ...]:
         len(plan.lengths),
         sum(c for _, c in plan.lengths) + sum(q for q, _ in plan.lengths),
         s.q_heads * s.head_dim + 4 * s.group + s.kv_heads,
-        (s.window is not None) + (s.cap is not None) + s.sinks + (s.scale is not None),
+        (s.window is not None) + (s.cap is not None) + s.sinks + (s.scale is not None) + s.lse,
         s.tokens + s.seqs + s.pages + s.pages_per_seq + s.page + min(s.window or 0, 10**6),
         _TYPE_ORDER.index(s.types),
         _CHECK_ORDER.index(plan.check),
@@ -177,7 +177,7 @@ def _proposed(plan: Plan, **changes: object) -> Iterator[Plan]:
 def _all_plain(plan: Plan) -> Iterator[Plan]:
     """Everything at once: one compilation when the bug needs no option at all."""
     bare: dict[str, object] = {"kv_heads": 1, "group": 1, "head_dim": 4, "types": "f32"}
-    bare |= {"window": None, "cap": None, "sinks": False, "scale": None}
+    bare |= {"window": None, "cap": None, "sinks": False, "scale": None, "lse": False}
     yield from _proposed(plan, **bare)
     yield from _proposed(plan, **bare, page=min(plan.shape.page, 4))
     for kept in ("window", "sinks", "cap", "group", "kv_heads", "types"):
@@ -197,8 +197,7 @@ def _simpler_options(shape: Shape) -> Iterator[tuple[str, object]]:
     yield from (("group", n) for n in range(1, shape.group))
     yield from (("head_dim", n) for n in (1, 2, 4, 8, 33, 40) if n < shape.head_dim)
     yield from ((name, None) for name in ("window", "cap", "scale") if getattr(shape, name) is not None)
-    if shape.sinks:
-        yield "sinks", False
+    yield from ((name, False) for name in ("sinks", "lse") if getattr(shape, name))
     yield from (("types", t) for t in _TYPE_ORDER[: _TYPE_ORDER.index(shape.types)])
     yield from (("window", w) for w in (1, 2, 3, 4, 5, 8) if shape.window is not None and w < shape.window)
 

@@ -1,8 +1,8 @@
 """Hypothesis strategies for plans: the static shape first, from a bounded pool, then the raggedness inside it.
 
-Hypothesis draws six numbers, because each draw costs as much as a tenth of a judged case; the sixth seeds the small
-choices. A drawn plan spells everything out, and the shrinker of `fuzz.shrink` works on the plan, so nothing that is
-derived here is out of its reach.
+Hypothesis draws three numbers for every four plans, because a drawn example costs as much as a fifth of a judged
+case; the third number seeds the small choices. A drawn plan spells everything out, and the shrinker of `fuzz.shrink`
+works on the plan, so nothing that is derived here is out of its reach.
 """
 
 from __future__ import annotations
@@ -18,21 +18,39 @@ from fuzz.plan import AMPLITUDES, DATA, HOLES, TABLES, TYPES, Plan, Shape
 MODES = ("mixed", "decode", "prefill", "chunk", "wild")
 # Weights by repetition.
 _DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder", "normal")
-CHECKS = ("second_fill",) * 5 + ("relation",) * 5 + ("plain",) * 4 + ("repeat",)
+CHECKS = ("second_fill",) * 10 + ("relation",) * 10 + ("plain",) * 9 + ("repeat",)
+CROWDS = 8
+LITTER = 4
+STYLES = len(_DATA) * len(MODES) * len(CHECKS) * CROWDS
 
 
 @st.composite
 def plans(draw: st.DrawFn, pool: Sequence[Shape]) -> Plan:
     """Plans whose shape is one of `pool`."""
-    shape = pool[draw(st.integers(0, len(pool) - 1))]
-    data = _DATA[draw(st.integers(0, len(_DATA) - 1))]
-    mode = MODES[draw(st.integers(0, len(MODES) - 1))]
-    check = CHECKS[draw(st.integers(0, len(CHECKS) - 1))]
-    return expand(shape, data, mode, check, draw(st.integers(0, 7)), draw(st.integers(0, 2**20 - 1)))
+    return draw(litters(pool))[0]
+
+
+@st.composite
+def litters(draw: st.DrawFn, pool: Sequence[Shape]) -> tuple[Plan, ...]:
+    """`LITTER` plans of one draw, of different shapes and styles, each shape one of `pool`."""
+    first = draw(st.integers(0, len(pool) - 1))
+    style, seed = draw(st.integers(0, STYLES - 1)), draw(st.integers(0, 2**20 - 1))
+    return tuple(
+        styled(pool[(first + 5 * i) % len(pool)], style + i, (seed + 40_503 * i) % 2**20) for i in range(LITTER)
+    )
+
+
+def styled(shape: Shape, style: int, seed: int) -> Plan:
+    """The plan of three drawn numbers; `style` counts through data, mode, check and crowd, mixed well."""
+    style = style * 7919 % STYLES  # a prime that shares no factor with it: neighbours are nothing alike
+    style, data = divmod(style, len(_DATA))
+    style, mode = divmod(style, len(MODES))
+    crowd, check = divmod(style, len(CHECKS))
+    return expand(shape, _DATA[data], MODES[mode], CHECKS[check], crowd, seed)
 
 
 def expand(shape: Shape, data: str, mode: str, check: str, crowd: int, seed: int) -> Plan:
-    """The plan of six drawn numbers; `crowd` of 8 says how full the batch is."""
+    """The plan of these choices, the small ones seeded; `crowd` of 8 says how full the batch is."""
     chance = random.Random(seed)
     contexts = power_contexts(shape) if data == "exact" else likely_contexts(shape)
     return Plan(

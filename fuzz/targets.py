@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -62,8 +64,8 @@ class Target:
     `call` has the signature of `ragged_page_attention_v2`; `claim` and `supports` are functions of the case.
     `finite_slots` declares a gap: what lies in slots that no row may see has to be finite. `batch_invariant` and
     `deterministic` are what the kernel promises about its bits; `validates` says that it
-    rejects illegal arguments as the contract demands. `ran` names the backend that answered a case, or is None
-    where the question has no meaning.
+    rejects illegal arguments as the contract demands; `returns_lse` that `return_lse=True` makes it return a pair.
+    `ran` names the backend that answered a case, or is None where the question has no meaning.
     """
 
     name: str
@@ -78,6 +80,12 @@ class Target:
     jax_arrays: bool = False
     finite_slots: bool = False
     accepts: frozenset[str] = field(default_factory=frozenset)
+    returns_lse: bool = False
+    asks_lse: bool = False
+
+    def asking(self, lse: bool) -> Target:
+        """This target, asked for the lse with every output, where that is wanted and it can."""
+        return dataclasses.replace(self, asks_lse=True) if lse and self.returns_lse else self
 
     def gap(self, case: Case) -> str | None:
         """Why the target cannot take a case, by its own declaration or its signature; None if it can."""
@@ -94,11 +102,10 @@ class Target:
         gap = self.gap(case)
         if gap is not None:
             raise Unsupported(gap)
-        options = dict(case.options)
+        options = {**case.options, **({"return_lse": True} if self.asks_lse else {})}
         arrays = [None if a is None else np.array(a) for a in case.arrays]
         if self.jax_arrays:
             arrays = [None if a is None else _as_jax(a) for a in arrays]
-        before = [_bits(a) for a in arrays]
         try:
             answer = self.call(*arrays, **options)
         except NotImplementedError as refusal:
@@ -108,21 +115,21 @@ class Target:
             if ran != self.expects:
                 raise WrongBackend(f"{self.name} was asked for {self.expects}, but {ran} answered")
         result = _as_numpy(answer)
-        for name, bits, array in zip(_NAMES, before, arrays, strict=True):
-            if bits != _bits(array):
+        for name, given, array in zip(_NAMES, case.arrays, arrays, strict=True):
+            if isinstance(array, np.ndarray) and _bits(array) != _bits(given):  # JAX arrays cannot be written
                 raise InputChanged(f"{self.name} wrote into its argument {name}")
         return result
 
 
-def _bits(array: Any) -> bytes | None:
-    """What an array holds, to see afterwards whether the kernel wrote into it; JAX arrays cannot be written."""
-    return array.tobytes() if isinstance(array, np.ndarray) else None
+def _bits(array: np.ndarray) -> memoryview:
+    """What an array holds, to compare."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _as_jax(array: Any) -> Any:
-    import jax.numpy as jnp
+    import jax
 
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def _as_numpy(answer: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -200,6 +207,7 @@ def from_callable(function: Any, name: str) -> Target:
         jax_arrays=bool(getattr(function, "jax_arrays", False)),
         finite_slots=bool(getattr(function, "finite_slots", False)),
         accepts=_accepted(function),
+        returns_lse=_returns_lse(function),
     )
 
 
@@ -215,18 +223,35 @@ def _accepted(function: Any) -> frozenset[str]:
     return frozenset(p.name for p in parameters) & everything
 
 
+def _returns_lse(function: Any) -> bool:
+    """Whether a function declares an lse: by attribute, or by naming the parameter. `**kwargs` promise nothing."""
+    try:
+        named = "return_lse" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        named = False
+    return bool(getattr(function, "returns_lse", named))
+
+
 # ---------------------------------------------------------------- our own backends
 
 
 def _backend(name: str) -> Target:
     """One of rpa's backends behind the public function, with the claim it makes for each signature."""
     platform, expected = BACKENDS[name]
+    if name == "pallas_gpu" and "jax" not in sys.modules:
+        # Its interpreter runs every warpgroup as a thread that may block: XLA must be told of more threads than the
+        # machine has cores before it starts, or it waits for itself for ever. Without effect on a GPU.
+        os.environ.setdefault("NPROC", "32")
 
     def call(*arrays: Any, **options: Any) -> Any:
         from rpa import ragged_page_attention_v2
 
+        # What is small and floating goes as it comes from a model, so that warm calls are as warm as a server's.
+        *paged, sinks = arrays
+        small = {"softmax_aux": sinks, **{k: v for k, v in options.items() if isinstance(v, np.ndarray)}}
+        given = {k: _as_jax(v) if isinstance(v, np.ndarray) else v for k, v in small.items()}
         with _context(name):
-            return ragged_page_attention_v2(*arrays, platform=platform, **options)
+            return ragged_page_attention_v2(*paged, platform=platform, **{**options, **given})
 
     def slot() -> Any:
         from rpa import registry
@@ -240,12 +265,12 @@ def _backend(name: str) -> Target:
         return Claim(**registry.load(slot().name).claim(signature_of(case), _device(name)))
 
     def supports(case: Case) -> str | None:
-        return _refusal(slot(), signature_of(case), _device(name))
+        return _cannot_interpret(name) or _refusal(slot(), signature_of(case), _device(name))
 
     def ran(case: Case) -> str:
         return _chosen(signature_of(case), _device(name), platform)
 
-    return Target(name, call, claim, supports, batch_invariant=True, validates=True, ran=ran,
+    return Target(name, call, claim, supports, batch_invariant=True, validates=True, ran=ran, returns_lse=True,
                   expects=expected or _pallas_here(), accepts=_accepted(lambda **everything: None))  # fmt: skip
 
 
@@ -263,23 +288,51 @@ def _chosen(signature: Any, device: Any, platform: str) -> str:
     return select.choose(signature, device, platform, None).implementation.name
 
 
-def _context(name: str) -> Any:
-    """What must surround a call so that the backend runs here: an interpreter, or nothing."""
-    from contextlib import nullcontext
-
+@contextmanager
+def _context(name: str) -> Iterator[None]:
+    """What must surround a call: an interpreter where the backend needs one here, and no tuning of every new shape."""
     import jax
 
-    if name in ("pallas", "pallas_tpu") and jax.default_backend() == "cpu":
+    from rpa import policy_override, settings
+
+    tunes = jax.default_backend() != "cpu" and settings.autotune_policy() is None
+    with policy_override(cache_miss_fallback="heuristics") if tunes else nullcontext(), _interpreter(name):
+        yield
+
+
+def _interpreter(name: str) -> Any:
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return nullcontext()
+    if name in ("pallas", "pallas_tpu"):
         from jax.experimental.pallas import tpu as pltpu
 
         return pltpu.force_tpu_interpret_mode()
+    if name == "pallas_gpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams())
     return nullcontext()
+
+
+def _cannot_interpret(name: str) -> str | None:
+    """Why a GPU backend cannot be interpreted in this process, or None; what it needs is said."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return None
+    if name == "triton":
+        return "there is no GPU; the target triton_interpret runs these kernels on CPU"
+    if name == "pallas_gpu" and "NPROC" not in os.environ:
+        return "there is no GPU, and its interpreter needs NPROC=32 in the environment before JAX is imported"
+    return None
 
 
 def _device(name: str) -> Any:
     from rpa import device
 
-    with _context(name):
+    with _interpreter(name):
         return device.current()
 
 
@@ -289,6 +342,7 @@ def _pallas_here() -> str:
     return "pallas_gpu" if jax.default_backend() == "gpu" else "pallas_tpu"
 
 
+@lru_cache(maxsize=8)
 def signature_of(case: Case) -> Any:
     """The static `rpa.signature.Signature` of a call with this case."""
     return _signature(_static(case))

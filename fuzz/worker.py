@@ -17,12 +17,14 @@ from hypothesis import target as maximise
 from fuzz.build import build
 from fuzz.corpus import read_lines
 from fuzz.judge import Judgement, judge_plan, judge_rejections
-from fuzz.plan import SMALLEST, Plan, Shape, shapes
+from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.shrink import same_symptom, shrink
-from fuzz.strategies import plans
+from fuzz.strategies import LITTER, litters
+from fuzz.stream import shapes
 from fuzz.targets import Target, load
 
-FIRST_SHAPES, CASES_A_SHAPE = 15, 410  # 39 compilations in the first 10,000 cases
+FIRST_SHAPES, CASES_A_SHAPE = 12, 450  # with the relations that compile, 40 compilations in the first 10,000 cases
+SETTLED, CASES_A_LATER_SHAPE = 10_000, 270  # and as many in the next
 MOST_SHAPES = 1000
 CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
@@ -75,7 +77,7 @@ def chunk_seed(seed: int, chunk: int) -> int:
 def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
     """The shapes a chunk draws from: this worker's share of those open so far that the target takes."""
     cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
-    count = FIRST_SHAPES + judged // (CASES_A_CHEAP_SHAPE if cheap else CASES_A_SHAPE)
+    count = wanted_shapes(judged, cheap)
     mine, workers = state.share
     pool: list[Shape] = []
     for number, shape in enumerate(shapes(state.seed)):
@@ -84,6 +86,14 @@ def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
         if number % workers == mine and _taken(state, shape):
             pool.append(shape)
     return tuple(pool)
+
+
+def wanted_shapes(judged: int, cheap: bool = False) -> int:
+    """How many shapes are open after so many cases."""
+    if cheap:
+        return FIRST_SHAPES + judged // CASES_A_CHEAP_SHAPE
+    early, late = min(judged, SETTLED), max(0, judged - SETTLED)
+    return FIRST_SHAPES + early // CASES_A_SHAPE + late // CASES_A_LATER_SHAPE
 
 
 def _taken(state: State, shape: Shape) -> bool:
@@ -109,21 +119,24 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
-        max_examples=max(50, 2 * chunk.cases),  # plans that were judged before do not count
+        max_examples=max(50, 2 * chunk.cases // LITTER),  # plans that were judged before do not count
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
         phases=[Phase.generate, Phase.target],
     )
-    @given(plans(pool))
-    def judged(plan: Plan) -> None:
+    @given(litters(pool))
+    def judged(litter: tuple[Plan, ...]) -> None:
         nonlocal left
-        if left == 0 or plan in state.judged:
-            return
-        left -= 1
-        judgement = _one(pipe, state, plan)
-        if 0 < judgement.ratio <= 1:
-            maximise(judgement.ratio, label="error / bound")
+        worst = 0.0
+        for plan in litter:
+            if left == 0 or plan in state.judged:
+                continue
+            left -= 1
+            judgement = _one(pipe, state, plan)
+            worst = max(worst, judgement.ratio if judgement.ratio <= 1 else 0.0)
+        if worst > 0:
+            maximise(worst, label="error / bound")
 
     judged()
 
@@ -136,7 +149,8 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     _listen(state)
     judgement = judge_plan(plan, state.target)
     report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
-              "seconds": time.monotonic() - began, "compiled": state.compiled}  # fmt: skip
+              "seconds": time.monotonic() - began, "compiled": state.compiled,
+              "elements": judgement.verdict.judged if judgement.verdict else 0}  # fmt: skip
     pipe.send(("end", plan, report))
     if judgement.bad and state.reduce and _is_news(state, judgement):
         state.reduced.append(judgement)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fuzz.build import build, layout_of, refill
 from fuzz.coverage import STATIC, Coverage, features, possible, static_features, valid_pairs
-from fuzz.plan import SMALLEST, Plan, first_shapes, shapes
+from fuzz.plan import SMALLEST, Plan
 from fuzz.strategies import CHECKS, MODES, expand, plans
+from fuzz.stream import first_shapes, shapes
 
 POOL = first_shapes(3, 24)
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

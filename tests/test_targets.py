@@ -12,8 +12,9 @@ import pytest
 from fuzz.build import build
 from fuzz.judge import judge_case, judge_plan
 from fuzz.mutants.model import Launch, attention
-from fuzz.plan import SMALLEST, Plan, Shape, first_shapes
+from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.strategies import expand
+from fuzz.stream import first_shapes
 from fuzz.targets import TargetError, from_callable, load
 from oracle.bound import default_claim
 
