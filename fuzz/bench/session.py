@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -36,7 +37,7 @@ def main(json: Path | None, html: Path | None, against: Path | None, platforms: 
 
     with policy_override(cache_miss_fallback="heuristics"):  # what ships is timed, not what tuning would find
         made = _measure(console, chosen, contenders, begun, _saver(json))
-    console.print(_table(made))
+    _print(console, made)
     return _finish(console, made, earlier, past, json, html)
 
 
@@ -124,27 +125,25 @@ def _finish(console: Console, made: Record, earlier: Record | None, past: list[R
     return FAIL if wrong or (comparison is not None and comparison.failed) else PASS
 
 
-def _table(made: Record) -> Table:
+def _print(console: Console, made: Record) -> None:
+    """A line for each cell's every contender, narrow enough for any terminal."""
     limits = made.ceilings
-    title = f"{limits.device}: read {limits.read / 1e9:.1f} GB/s, bf16 {limits.burst['bfloat16'] / 1e12:.3g} TFLOP/s"
-    heads = ("cell", "backend", "time", "noise", "of ceiling", "launches", "host", "error / bound")
-    table = Table(*heads, title=title)
-    table.columns[0].overflow = "fold"
-    for r in made.results:
-        if r.seconds is None:
-            table.add_row(r.cell, r.backend, f"[red]{r.status}[/]: {r.reason.splitlines()[0][:60] if r.reason else ''}")
-            continue
-        table.add_row(
-            r.cell,
-            r.backend,
-            duration(r.time),
-            f"{100 * (r.spread or 0):.0f} %",
-            f"{100 * (r.fraction or 0):.0f} %",
-            "" if r.launches is None else str(r.launches),
-            duration(r.host_seconds or 0.0),
-            f"{r.ratio:.2f}",
-        )
-    return table
+    console.print(f"[bold]{limits.device}[/]: read {limits.read / 1e9:.1f} GB/s, "
+                  f"bf16 {limits.burst['bfloat16'] / 1e12:.3g} TFLOP/s", highlight=False)  # fmt: skip
+    for cell in dict.fromkeys(r.cell for r in made.results):
+        console.print(f"\n{cell}", highlight=False, soft_wrap=True)
+        for r in made.results:
+            if r.cell == cell:
+                console.print(f"  {r.backend:22}{_line(r)}", highlight=False, soft_wrap=True)
+
+
+def _line(r: run.Result) -> str:
+    if r.seconds is None:
+        colour = "dim" if r.status == "unsupported" else "red"
+        return f"[{colour}]{escape(f'{r.status}: {r.reason.splitlines()[0] if r.reason else ""}')}[/]"
+    facts = [f"{duration(r.time):>8} ±{100 * (r.spread or 0):.0f} %", f"{100 * (r.fraction or 0):3.0f} % of ceiling"]
+    facts += [] if r.launches is None else [f"launches {r.launches}"]
+    return "  ".join([*facts, f"host {duration(r.host_seconds or 0.0)}", f"error {r.ratio:.2f} of bound"])
 
 
 def _changes(comparison: Comparison, date: str) -> Table:
