@@ -15,8 +15,7 @@ from rpa import device as devices
 from rpa import select
 from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.program import compiled
-from rpa.registry import Implementation
+from rpa.program import compiled, packed
 from rpa.signature import Inputs, Signature
 
 
@@ -95,30 +94,43 @@ def ragged_page_attention_v2(
                            k_scale, v_scale))  # fmt: skip
     options = Options(softmax_scale, logits_soft_cap, compute_dtype, optimized, sliding_window, mask_value,
                       vmem_limit_bytes, return_lse)  # fmt: skip
-    if mesh is not None or in_specs is not None or out_specs is not None:
-        from rpa import shard
+    return call(arrays, options, platform, cfg, mesh, in_specs, out_specs, validate=validate)
 
-        return shard.run(arrays, options, platform, cfg, mesh, in_specs, out_specs, validate=validate)
-    facts = None if validate is not False else _facts(arrays, (*options, platform, cfg))
+
+def call(
+    arrays: Inputs, options: Options, platform: Any, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
+    check_vma: bool = False, validate: Any = False,
+) -> Any:  # fmt: skip
+    """The public function on its arguments in order: a call whose facts were seen before goes by its plan."""
+    over = None if mesh is in_specs is out_specs is None else (mesh, in_specs, out_specs, check_vma)
+    moment = select.moment()
+    facts = _facts(arrays, (*options, platform, cfg, over)) if moment and validate is False else None
     plan = _PLANS.get(facts)
-    if plan is not None and plan.moment == select.moment():
+    if plan is not None and plan.moment == moment:
         return plan.run(arrays)
     inputs, signature = prepare(arrays, options, validate)
-    platform = rules.platform_of(platform)
-    check_config(cfg)
+    program, lasting = _program(inputs, signature, rules.platform_of(platform), check_config(cfg), over)
+    plan = _plan_of(arrays, inputs, signature, program, moment)
+    if facts is not None and lasting:
+        if len(_PLANS) >= 8192:  # one for each `num_seqs`
+            _PLANS.clear()
+        _PLANS[facts] = plan
+    return plan.run(inputs)
+
+
+def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over: Any) -> tuple[Any, bool]:
+    """Select: what computes a validated call, `Inputs -> (output, lse)`, and whether it will do for its likes."""
+    if over is not None:
+        from rpa import shard
+
+        return shard.program(inputs, signature, platform, cfg, *over), True
     if signature.num_tokens == 0 or signature.max_seqs == 0:
-        return nothing_to_do(signature)
+        return lambda inputs: nothing_to_do(signature), True
     device = devices.current(inputs.queries)
     choice = select.choose(signature, device, platform, cfg, inputs=concrete(inputs))
-    if facts is not None and select.is_plain():
-        _remember(
-            facts,
-            arrays,
-            inputs,
-            signature,
-            compiled(choice.implementation, signature, choice.config, device),
-        )
-    return run_on(choice.implementation, inputs, signature, choice.config, device)
+    packs = all(isinstance(array, np.ndarray) for array in inputs[2:6]) and not rules.is_traced(inputs.queries)
+    program = compiled(choice.implementation, signature, choice.config, device, packs)
+    return (lambda inputs: program(packed(inputs))) if packs else program, not choice.of_this_batch
 
 
 def prepare(arrays: tuple, options: tuple, check_values: Any) -> tuple[Inputs, Signature]:
@@ -197,24 +209,17 @@ def concrete(inputs: Inputs) -> Inputs | None:
     return None if any(rules.is_traced(array) for array in inputs) else inputs
 
 
-def run_on(
-    implementation: Implementation, inputs: Inputs, signature: Signature, config: Any, device: devices.Device
-) -> Any:
-    """Run a validated call on exactly this backend and config."""
-    output, lse = compiled(implementation, signature, config, device)(inputs)
-    return (output, lse) if signature.return_lse else output
-
-
-def nothing_to_do(signature: Signature) -> Any:
+def nothing_to_do(signature: Signature) -> tuple[Any, Any]:
     """The answer where there is no row or no sequence: every row is nobody's."""
     shape = (signature.num_tokens, signature.num_q_heads)
     output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
-    return (output, jnp.full(shape, -jnp.inf, jnp.float32)) if signature.return_lse else output
+    return output, jnp.full(shape, -jnp.inf, jnp.float32) if signature.return_lse else None
 
 
-def check_config(cfg: Any) -> None:
+def check_config(cfg: Any) -> Any:
     if cfg is not None and not isinstance(cfg, RaggedPageAttentionv2Config):
         raise TypeError(f"cfg={cfg!r}: a RaggedPageAttentionv2Config or None is expected")
+    return cfg
 
 
 # ------------------------------------------------------------------ warm calls
@@ -226,7 +231,7 @@ class Plan(NamedTuple):
 
     program: Any
     signature: Signature
-    moment: tuple[Any, ...]  # what the choice depended on besides the call
+    moment: Any  # what the choice depended on besides the call
     fixed: tuple[tuple[int, Any], ...]  # scalars in their final form, by position; their values are among the facts
     wide: tuple[int, ...]  # host metadata to narrow to int32
     check: bool  # whether there are host metadata to check
@@ -246,20 +251,31 @@ class Plan(NamedTuple):
         return (output, lse) if self.signature.return_lse else output
 
 
+def _plan_of(arrays: tuple[Any, ...], inputs: Inputs, signature: Signature, program: Any, moment: Any) -> Plan:
+    fixed = tuple((i, inputs[i]) for i, value in enumerate(arrays) if type(value) in (int, float))
+    host = [isinstance(array, np.ndarray) for array in arrays]
+    wide = tuple(i for i in range(2, 6) if host[i] and arrays[i].dtype != np.int32)
+    return Plan(program, signature, moment, fixed, wide, any(rules.is_host(array) for array in arrays[2:6]))
+
+
 _PLANS: dict[Any, Plan] = {}
+_DEVICE, _HOST, _SCALAR, _OTHER = range(4)
+_KINDS: dict[type, int] = {type(None): _SCALAR, int: _SCALAR, float: _SCALAR, np.ndarray: _HOST}
 
 
-def _facts(arrays: Inputs, options: tuple[Any, ...]) -> Any:
+def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """Everything static about a call, and its scalars, as a hashable value; None for what is not remembered."""
-    facts: list[Any] = [devices.current(arrays.queries)]
+    facts: list[Any] = [devices.current(arrays[0])]
     for i, value in enumerate(arrays):
-        if isinstance(value, jax.Array) and not rules.is_traced(value):
+        kind = _KINDS.get(type(value))
+        if kind is None:
+            array = isinstance(value, jax.Array) and not rules.is_traced(value)
+            kind = _KINDS[type(value)] = _DEVICE if array else _OTHER
+        if kind == _DEVICE:
             facts += value.shape, value.dtype
-        elif (
-            isinstance(value, np.ndarray) and value.ndim and i < 6
-        ):  # sinks and scales on the host are checked at every call
+        elif kind == _HOST and value.ndim and i < 6:  # scales on the host are checked at every call
             facts += value.shape, value.dtype, "host"
-        elif value is None or type(value) in (int, float):
+        elif kind == _SCALAR:
             facts += type(value), value
         else:
             return None
@@ -271,17 +287,6 @@ def _facts(arrays: Inputs, options: tuple[Any, ...]) -> Any:
     except TypeError:
         return None
     return key
-
-
-def _remember(facts: Any, arrays: tuple[Any, ...], inputs: Inputs, signature: Signature, program: Any) -> None:
-    """Keep the choice for calls with the same facts."""
-    if len(_PLANS) >= 8192:  # one for each `num_seqs`
-        _PLANS.clear()
-    host = [isinstance(value, np.ndarray) for value in arrays]
-    fixed = tuple((i, inputs[i]) for i, value in enumerate(arrays) if type(value) in (int, float))
-    wide = tuple(i for i in range(2, 6) if host[i] and arrays[i].dtype != np.int32)
-    check = any(rules.is_host(value) for value in arrays[2:6])
-    _PLANS[facts] = Plan(program, signature, select.moment(), fixed, wide, check)
 
 
 # ------------------------------------------------------------------ the same parameters in other orders

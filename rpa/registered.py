@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rpa import api, numerics, registry
 from rpa.config import Backend, Platform, RaggedPageAttentionv2Config
 from rpa.device import Device, current
+from rpa.program import compiled
 from rpa.registry import ALGORITHM, Implementation, Slot, load
 from rpa.signature import Inputs, Signature
 
@@ -53,7 +54,8 @@ def _builtin(slot: Slot) -> Callable[..., Any]:
         if reason is not None:
             raise ValueError(registry.refusal(slot.platform, signature, device, {slot.name: reason}))
         config = RaggedPageAttentionv2Config(platform=slot.platform, **call)
-        return api.run_on(load(slot.name), inputs, signature, config, device)
+        output, lse = compiled(load(slot.name), signature, config, device)(inputs)
+        return (output, lse) if signature.return_lse else output
 
     return kernel
 

@@ -267,15 +267,15 @@ def default_chain() -> ConfigSelectorChain:
     return ConfigSelectorChain(persistent=PersistentCache(STORE))
 
 
-def is_plain() -> bool:
-    """Whether nothing of this moment (overlay, override, observer) bears on the public function's choice."""
-    return not (cache.overlays() or _overrides.get() or default_chain().on_event)
+def moment() -> Any:
+    """What a remembered choice of the public function depends on besides the call; None where none may be used.
 
-
-def moment() -> tuple[Any, ...]:
-    """What a remembered choice of the public function depends on besides the call."""
-    memory = default_chain().cache.generation
-    return memory, PersistentCache.generation, registry.REGISTERED.generation, settings.environment()
+    An overlay, an override of the policy or an observer of the events asks for every call anew.
+    """
+    chain = default_chain()
+    if cache.overlays() or _overrides.get() or chain.on_event:
+        return None
+    return chain.cache.generation, PersistentCache.generation, registry.REGISTERED.generation, settings.environment()
 
 
 # ------------------------------------------------------------------ our own operation
@@ -291,6 +291,14 @@ class Choice:
     reason: str
     key: Triple = ("", "", "")
     trail: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def of_this_batch(self) -> bool:
+        """Whether another batch of the same shapes might get another config."""
+        return any(answer.startswith(_IDLE) for _, answer in self.trail)
+
+
+_IDLE = "this batch is mostly idle"
 
 
 def choose(
@@ -379,7 +387,7 @@ def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> st
     contexts = np.asarray(inputs.context_lens)[:count]
     live = int(offsets[count]) - int(offsets[0]) if 0 < count < len(offsets) else 0
     if 2 * live < signature.num_tokens or not contexts.any():
-        return f"this batch is mostly idle ({live} of {signature.num_tokens} rows live) and stands for no other"
+        return f"{_IDLE} ({live} of {signature.num_tokens} rows live) and stands for no other"
     return None
 
 

@@ -30,35 +30,31 @@ from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
 
-def run(
-    arrays: Inputs, options: tuple, platform: Any, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
-    check_vma: bool = False, validate: Any = False,
+def program(
+    inputs: Inputs, signature: Signature, platform: str, cfg: Any, mesh: Any, in_specs: Any, out_specs: Any,
+    check_vma: bool,
 ) -> Any:  # fmt: skip
-    """The public function over a mesh: the same arguments and answer, computed on every device of it.
+    """What computes a validated call over the mesh, `Inputs -> (output, lse)`.
 
     Raises:
-        TypeError, ValueError: as without a mesh, and where the mesh and the shapes do not fit; the text names the axis.
+        TypeError, ValueError: the mesh, the specs and the shapes do not fit; the text names the axis.
     """
-    check_mesh(mesh)
-    inputs, signature = api.prepare(arrays, options, validate)
-    api.check_config(cfg)
     local, device, plan = share_of(inputs, signature, mesh, in_specs)
     wanted = _out_specs(out_specs, signature)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
-        return api.nothing_to_do(signature)
-    choice = select.choose(local, device, rules.platform_of(platform), cfg, sharding=plan.label(mesh))
-    program = _program(choice.implementation, choice.config, device, signature, plan, mesh, wanted, check_vma)
-    output, lse = program(_placed(inputs, signature, plan, mesh))
-    return (output, lse) if signature.return_lse else output
+        return lambda inputs: api.nothing_to_do(signature)
+    choice = select.choose(local, device, platform, cfg, sharding=plan.label(mesh))
+    sharded = _program(choice.implementation, choice.config, device, signature, plan, mesh, wanted, check_vma)
+    return lambda inputs: sharded(_placed(inputs, signature, plan, mesh))
 
 
-def wrapper(arrays: Inputs, options: tuple, **over: Any) -> tuple[Any, tuple]:
+def wrapper(arrays: Inputs, options: Any, **over: Any) -> tuple[Any, tuple]:
     """A function of the seven arrays that runs them over the mesh, and the arrays to call it with."""
     check_mesh(over["mesh"])
     *seven, k_scale, v_scale = arrays
 
     def sharded(*given: Any) -> Any:
-        return run(Inputs(*given, k_scale=k_scale, v_scale=v_scale), options, **over)
+        return api.call(Inputs(*given, k_scale=k_scale, v_scale=v_scale), options, **over)
 
     return sharded, tuple(seven)
 
@@ -156,7 +152,7 @@ def _put(array: Any, spec: Any, mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() > 1 and getattr(array, "is_fully_addressable", True):
         host = np.asarray(array)  # every process holds the same values, as it must
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
     return jax.device_put(array, sharding)
 
 

@@ -366,6 +366,37 @@ def test_a_warm_call_notices_what_its_choice_hung_on():
     assert np.array_equal(ragged_page_attention_v2(**call), plain)
 
 
+def test_a_warm_call_heeds_overlays_overrides_and_observers(monkeypatch):
+    call = small_call.arguments()
+    kernel_registry.register("ragged_page_attention_v2", "cuda", "any")(_sevens)
+    try:
+        for _ in range(2):
+            plain = np.asarray(ragged_page_attention_v2(**call))
+        assert (plain != 7).any()
+        for overlay in ({explain(**call).key: RaggedPageAttentionv2Config(platform="cuda")}, {}):
+            with overlay_cache(overlay):
+                assert (np.asarray(ragged_page_attention_v2(**call)) == 7).all() == bool(overlay)
+    finally:
+        kernel_registry.unregister(_sevens)
+    ragged_page_attention_v2(**call)
+    with policy_override(allow_heuristics=False), pytest.raises(RuntimeError, match="allows no heuristics"):
+        ragged_page_attention_v2(**call)
+    events = []
+    monkeypatch.setattr(select.default_chain(), "on_event", lambda name, **_: events.append(name))
+    ragged_page_attention_v2(**call)
+    assert events == ["heuristics"]
+
+
+def test_what_an_idle_batch_got_is_not_remembered_for_others(monkeypatch):
+    monkeypatch.setenv("RPA_AUTOTUNE_POLICY", "autotune")
+    tuner = FakeTuner(RaggedPageAttentionv2Config(num_queries_per_block=8, platform="xla"))
+    monkeypatch.setattr(select.default_chain(), "tuner", tuner)
+    call = {name: np.asarray(array) for name, array in small_call.arguments().items()}
+    for count in (0, 3, 3):
+        ragged_page_attention_v2(**{**call, "num_seqs": np.array([count], np.int32)})
+    assert tuner.asked == 1
+
+
 def test_a_warm_call_still_checks_host_metadata_and_options():
     call = {**small_call.arguments(), "context_lens": np.array([13, 9, 4], np.int32), "num_seqs": 3}
     call["block_tables"] = np.asarray(call["block_tables"])
