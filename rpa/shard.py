@@ -235,9 +235,10 @@ def _merged_pages(inputs: Inputs, share: Signature, axes: Axes, local: Signature
     sinks = -jnp.inf if inputs.softmax_aux is None else inputs.softmax_aux
     top = jnp.maximum(lax.pmax(part_lse, axes), sinks)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    weight = jnp.exp(part_lse - top)
-    total = lax.psum(weight, axes) + jnp.exp(sinks - top)
-    output = lax.psum(weight[..., None] * part, axes) / jnp.where(total > 0, total, 1)[..., None]
+    weight = jnp.exp(part_lse - top)[..., None]
+    sums = lax.psum(jnp.concatenate([weight * part, weight], axis=-1), axes)  # one exchange for both
+    total = sums[..., -1] + jnp.exp(sinks - top)
+    output = sums[..., :-1] / jnp.where(total > 0, total, 1)[..., None]
     lse = (top + jnp.log(total)) if share.return_lse else None
     return layout.finish(output.astype(share.q_dtype), lse, inputs, share, ragged)
 
@@ -249,9 +250,9 @@ def _rows_over_local_pages(
     base = lax.axis_index(axes) * local.num_pages
     tables = inputs.block_tables
     here = (tables >= base) & (tables < base + local.num_pages)  # [S, pages_per_seq]
-    order = jnp.argsort(~here, axis=1, stable=True)
-    compact = jnp.clip(jnp.take_along_axis(tables, order, axis=1) - base, 0, local.num_pages - 1)
     before = jnp.cumsum(here, axis=1) - here  # pages of this device before each logical page
+    place = jnp.where(here, before, share.pages_per_seq)  # past the end: dropped
+    compact = jnp.zeros_like(tables).at[jnp.arange(share.max_seqs)[:, None], place].set(tables - base, mode="drop")
     offsets = clean_offsets(inputs, share)
     row = jnp.arange(share.num_tokens)
     sequence = jnp.clip(jnp.searchsorted(offsets[1:], row, side="right"), 0, share.max_seqs - 1)
