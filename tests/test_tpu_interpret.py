@@ -17,7 +17,7 @@ from oracle import judge
 from oracle.poison import large_fill, nan_fill
 from rpa import ragged_page_attention_v2
 from rpa.backends import pallas_tpu
-from rpa.backends.pallas_tpu import kernel
+from rpa.backends.pallas_tpu import operands, transfers
 
 # One program runs them all, so they are the fast share: ragged layouts in both modes, with the race detector.
 FAST = (
@@ -128,13 +128,13 @@ def test_only_visible_pages_are_fetched(options, monkeypatch):
     """Every transfer of a page is recorded; dead ids point at a page whose fetch would be seen."""
     case = nan_fill(build((3, 1, 2), (9, 22, 1), **options))
     fetched: list[int] = []
-    original = kernel.page_copy
+    original = transfers.page_copy
 
     def recorded(refs, source, slot, page):
         jax.debug.callback(lambda s: fetched.append(int(s)), source)
         return original(refs, source, slot, page)
 
-    monkeypatch.setattr(kernel, "page_copy", recorded)
+    monkeypatch.setattr(transfers, "page_copy", recorded)
     jax.clear_caches()
     judged(case, *tpu.run(case))
     jax.effects_barrier()
@@ -153,10 +153,26 @@ def _visible_pages(case, sequence) -> np.ndarray:
 def test_half_bits_become_the_same_numbers():
     """Every f16 bit pattern, subnormals and infinities included, against NumPy."""
     bits = np.arange(2**16, dtype=np.uint16)
-    got = np.asarray(kernel.half(jax.numpy.asarray(bits.astype(np.uint32))))
+    got = np.asarray(operands.half(jax.numpy.asarray(bits.astype(np.uint32))))
     expected = bits.view(np.float16).astype(np.float32)
     same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
     assert same.all(), bits[~same][:5]
+
+
+def test_rounding_to_half_is_the_nearest_even():
+    """Values around every half, their midpoints and neighbours, overflow, subnormals and NaN, against NumPy."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middles = (halves[:-1] + halves[1:]) / 2
+    others = [65519.99, 65520, 1e6, np.inf, np.nan, 2.0**-25, 2.0**-26, 1e-30]
+    exact = np.concatenate([halves, middles, others], dtype=np.float32)
+    low, high = (np.nextafter(exact, np.float32(way)) for way in (0, 1e30))
+    values = np.concatenate([exact, low, high])
+    values = np.concatenate([values, -values])
+    got = np.asarray(jax.jit(operands.round_half)(values))
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16).astype(np.float32)
+    same = (got.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(got) & np.isnan(expected))
+    assert same.all(), values[~same][:5]
 
 
 # ------------------------------------------------------------------ what it refuses

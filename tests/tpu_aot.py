@@ -1,7 +1,7 @@
 """Compile the TPU kernel with libtpu on a machine without a TPU, in a process of its own.
 
     python tests/tpu_aot.py compile CHIP SHAPE...      one JSON line a shape: seconds, code and temporary bytes
-    python tests/tpu_aot.py budget CHIP SHAPE...       and what the compiler's schedule says of each block loop
+    python tests/tpu_aot.py budget CHIP SHAPE...       and what the compiler's schedule says: VMEM, each block loop
     python tests/tpu_aot.py upstream CHIP              the same for the kernel JAX ships, at Llama-3-8B heads
 
 A process of its own because libtpu reads its flags when jax is imported.
@@ -45,7 +45,7 @@ def main(what: str, chip: str, *shapes: str) -> None:
                 path.unlink()
             facts = compile_upstream(chip) if what == "upstream" else compile_ours(chip, shape)
             if what != "compile":
-                facts["loops"] = block_loops(folder)
+                facts |= {"vmem_bytes": vmem_bytes(folder), "loops": block_loops(folder)}
             print(json.dumps({"chip": chip, "shape": shape, **facts}), flush=True)
     finally:
         shutil.rmtree(folder)
@@ -60,6 +60,7 @@ def compile_ours(chip: str, shape: str) -> dict[str, Any]:
     from tpu_shapes import signature
 
     from rpa import device, registry
+    from rpa.backends.pallas_tpu import chips
     from rpa.signature import Inputs
 
     static = signature(shape)
@@ -82,6 +83,7 @@ def compile_ours(chip: str, shape: str) -> dict[str, Any]:
         compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
     return {
+        "vmem_planned": chips.plan_of(static, here, config).vmem_bytes,
         "config": [config.num_kv_pages_per_block, config.num_queries_per_block, config.num_stages],
         "lower_s": round(lower_s, 1),
         "cpu_s": round(time.process_time() - began, 1),
@@ -164,6 +166,13 @@ def compile_upstream(chip: str) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------ reading the schedule
+
+
+def vmem_bytes(folder: str) -> int:
+    """VMEM that the compiled kernel takes: scratch buffers, operands, spills."""
+    (path,) = glob.glob(f"{folder}/*{KERNEL}*-[0-9][0-9]-post-ra.txt")
+    sizes = re.findall(r"space=vmem, size = (0x[0-9a-f]+)", Path(path).read_text())
+    return sum(int(size, 16) for size in sizes)
 
 
 def block_loops(folder: str) -> list[dict[str, int]]:

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from oracle import Case, judge
 from oracle.poison import nan_fill
-from rpa.backends.pallas_tpu import kernel
+from rpa.backends.pallas_tpu import transfers
 
 LAYOUT = ((2, 1, 0, 5, 1, 1), (21, 24, 6, 23, 7, 20))
 PROOFS: dict[str, Callable[[], Case]] = {
@@ -22,10 +22,18 @@ PROOFS: dict[str, Callable[[], Case]] = {
         sliding_window=19, sinks=True, logits_soft_cap=3.0, amplitude=3.0,
     ),
     "plain": lambda: build(*LAYOUT, Shape(seqs=7, page=2, pages_per_seq=12, pages=80)),
+    # A work list without a spare entry: the cursors run past its last live one.
+    "full": lambda: build((1, 1, 1), (5, 9, 3), Shape(rows=3, seqs=3)),
+    # Blocks of two pieces, bf16 keys and values in one word.
+    "pieces": lambda: build(
+        (3, 1), (150, 140), Shape(page=4, pages_per_seq=40, pages=80), dtype="bfloat16", compute_dtype="bfloat16",
+    ),
     "wide": lambda: build((3,), (150,), Shape(pages_per_seq=160, page=1, pages=170)),
     # Nothing asked of the numbers that the others do not ask: which pages are fetched, and on which semaphore.
     "visible": lambda: build(*LAYOUT, Shape(seqs=7, page=2, pages_per_seq=12, pages=80)),
 }  # fmt: skip
+# Block sizes where the interpreter's own are too small to show it.
+CONFIGS = {"pieces": {"num_kv_pages_per_block": 64}}
 
 
 def prove(name: str, mode: str) -> None:
@@ -35,7 +43,8 @@ def prove(name: str, mode: str) -> None:
     if name == "visible":
         record_pages(fetched)
         check_semaphores()
-    output, lse = tpu.run(case, mode, detect_races=mode == "eager")
+    cfg = tpu.config_of(case, **CONFIGS[name]) if name in CONFIGS else None
+    output, lse = tpu.run(case, mode, cfg=cfg, detect_races=mode == "eager")
     verdict = judge(case, output, tpu.claim_of(case), lse)
     assert verdict.status == "pass", verdict.text
     if name == "visible":
@@ -44,13 +53,13 @@ def prove(name: str, mode: str) -> None:
 
 def record_pages(fetched: list[int]) -> None:
     """Make the kernel note every page it asks for."""
-    original = kernel.page_copy
+    original = transfers.page_copy
 
     def recorded(refs, source, slot, page):
         jax.debug.callback(lambda s: fetched.append(int(s)), source)
         return original(refs, source, slot, page)
 
-    kernel.page_copy = recorded
+    transfers.page_copy = recorded
     jax.clear_caches()
 
 

@@ -1,7 +1,7 @@
 """The Mosaic TPU kernel as a backend.
 
-Read `plan` (what is compiled), `tiles` (the work list), `kernel` (the loops), `call` (arrays in and out) and `chips`
-(block sizes, and what does not fit).
+Read `plan` (what is compiled), `tiles` (the work list), `transfers` (what moves, and who asks), `kernel` (the loops),
+`operands` (what the dots get), `call` (arrays in and out) and `chips` (block sizes, and what does not fit).
 
 Two things cost a copy of the cache a call, in XLA and not here: float16 pages, which a TPU cannot load and which travel
 as int16; and a head size that is no multiple of 128 in JAX's default layout, which puts the pages innermost. A cache
@@ -34,11 +34,9 @@ def supports(signature: Signature, device: Device) -> str | None:
 
 
 def claim(signature: Signature, device: Device) -> dict[str, Any]:
-    """The default claim; blocks lie on a fixed grid, and the smallest a config can ask for is one page.
-
-    A TPU has no f16 matrix unit: compute_dtype float16 keeps the operands f32, within what float16 would claim.
-    """
-    return numerics.claim(signature, device, block=signature.page_size)
+    """The default claim; blocks lie on a fixed grid. The smallest a config can ask for is one page, and the mixed path
+    folds a block in pieces of 128 keys, of which the last may be short: no fewer than 64 each in the mean."""
+    return numerics.claim(signature, device, block=min(signature.page_size, 64))
 
 
 BACKEND = Implementation("pallas_tpu", run, supports, chips.heuristic, chips.candidates, claim)

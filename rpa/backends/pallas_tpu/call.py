@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rpa import layout
 from rpa.backends.pallas_tpu import kernel, tiles
 from rpa.backends.pallas_tpu.plan import TABLE_SLOTS, Plan
+from rpa.backends.pallas_tpu.transfers import Refs
 from rpa.signature import Inputs, Signature
 
 NAME = "ragged_paged_attention"
@@ -65,7 +66,7 @@ def _call(inputs: Inputs, signature: Signature, plan: Plan, work: tiles.Tiles, t
 
 
 def _scratch(plan: Plan, stored: Any) -> list[Any]:
-    """The scratch buffers in the order of `kernel.Refs`."""
+    """The scratch buffers in the order of `Refs`."""
     f32, kind = jnp.float32, jnp.dtype(plan.q_dtype)
     words = jnp.uint32 if plan.paired else f32
     operand = f32 if plan.f32_dots else jnp.bfloat16
@@ -94,14 +95,14 @@ def _scratch(plan: Plan, stored: Any) -> list[Any]:
     return scratch + [pltpu.SemaphoreType.DMA((count,)) for count in semaphores]
 
 
-def _name_refs(refs: tuple[Any, ...], plan: Plan) -> kernel.Refs:
+def _name_refs(refs: tuple[Any, ...], plan: Plan) -> Refs:
     """The refs by name; without an lse its output, buffer and semaphore are None."""
     fields = len(tiles.Tiles._fields)
     work, rest = tiles.Tiles(*refs[:fields]), list(refs[fields:])
     if not plan.lse:
         for name in ("lse", "lse_tile", "lse_sem"):
-            rest.insert(kernel.Refs._fields.index(name) - 1, None)
-    return kernel.Refs(work, *rest)
+            rest.insert(Refs._fields.index(name) - 1, None)
+    return Refs(work, *rest)
 
 
 def _scales(inputs: Inputs, plan: Plan) -> jax.Array:

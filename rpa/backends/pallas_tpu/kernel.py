@@ -1,84 +1,35 @@
 """The TPU kernel: one loop over tiles of query rows, one inside it over blocks of KV pages.
 
-Three cursors walk the same list of blocks (tile by tile, sequence by sequence): the first asks for the page ids of
-a block, the second, once they are there, for its pages, the third computes. The first runs TABLE_LEAD blocks ahead
-of the second and the second `buffers - 1` ahead of the third, across the borders of tiles and sequences. Slots are
-rings; a slot's semaphore belongs to it alone.
-
-A block's pages arrive as stored, [tokens, 2 * Hkv, D] with key and value of a head side by side. `unpack` rewrites
-them as rows of 32-bit words, [tokens * pitch, 128], each word a bf16 key beside its value, so that one head is a
-strided load and a shift away. A tile of one row (decode) scores [group, keys] for each head; larger tiles score
-transposed, [keys, rows * group], so that running maxima and sums are single registers.
+A block's pages arrive (`transfers`) as stored, [tokens, 2 * Hkv, D] with key and value of a head side by side.
+`_unpack` rewrites them as rows of 32-bit words, [tokens * pitch, 128], each word a bf16 key beside its value, so that
+one head is a strided load and a shift away (`operands`). A tile of one row (decode) scores [group, keys] for each head;
+larger tiles score transposed, [keys, rows * group], so that running maxima and sums are single registers.
 
 Reshapes and bitcasts are applied to loaded values, never to refs: the interpreter runs what the compiler compiles.
-Past 400 lines because it is one kernel: cursors, staging, two score paths and their ends share the refs.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rpa.backends.pallas_tpu.plan import (
-    LANES,
-    TABLE_ENTRIES,
-    TABLE_LEAD,
-    TABLE_SLOTS,
-    Plan,
-    power_of_two_below,
-)
-from rpa.backends.pallas_tpu.tiles import Tiles
+from rpa.backends.pallas_tpu import operands
+from rpa.backends.pallas_tpu import transfers as move
+from rpa.backends.pallas_tpu.plan import LANES, Plan, power_of_two_below
+from rpa.backends.pallas_tpu.transfers import Refs
 
 LOG2E = float(np.log2(np.e))
 LN2 = float(np.log(2.0))
 # Where running maxima start: finite, so that -inf - m is -inf and never NaN; below every finite logit that matters.
 FLOOR = -2.0e38
-# A block of up to this many pages asks for them in straight-line code when all are visible.
-UNROLLED_PAGES = 32
 CLEARED_TOKENS = 16
-# Fields of the cursor scratch in SMEM.
-TABLE_TILE, TABLE_BLOCK, TABLE_SLOT, PAGE_TILE, PAGE_BLOCK, PAGE_TABLE_SLOT, PAGE_SLOT, SLOT = range(8)
-
-
-class Refs(NamedTuple):
-    """Everything the kernel reads and writes; shapes use the names of `Plan`."""
-
-    tiles: Tiles  # SMEM, int32 [N] each
-    scales: jax.Ref  # SMEM f32 [2, heads]: key scales, value scales
-    sinks: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
-    decode_sinks: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
-    queries: jax.Ref  # HBM [T, q_heads, head_dim]
-    tables: jax.Ref  # HBM int32 [S * slices, 1, table_entries]
-    pages: jax.Ref  # HBM [P, page, 2 * heads, head_dim]
-    out: jax.Ref  # HBM [T, q_heads, head_dim]
-    lse: Any  # None without an lse; HBM f32 [N, heads, 1, packed_rows]
-    cursor: jax.Ref  # SMEM int32 [8]
-    table: jax.Ref  # SMEM int32 [TABLE_SLOTS * table_entries]
-    raw: jax.Ref  # VMEM [buffers, block_pages, page, 2 * heads, head_dim]
-    words: jax.Ref  # VMEM u32 or f32 [lane_tiles, keys * word_pitch, 128]
-    q_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
-    out_tile: jax.Ref  # VMEM [2, block_q, q_heads, head_dim]
-    stage: jax.Ref  # VMEM f32 [lane_tiles, stage_rows, 128], row i's heads at i * head_pitch
-    operand: jax.Ref  # VMEM [heads, packed_rows, dim], row j * block_q + i is head j of row i
-    m: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
-    l: jax.Ref  # VMEM f32 [heads, 1, packed_rows]
-    acc: jax.Ref  # VMEM f32 [heads, dim, packed_rows]
-    decode_m: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
-    decode_l: jax.Ref  # VMEM f32 [heads * decode_rows, 1]
-    decode_acc: jax.Ref  # VMEM f32 [heads * decode_rows, dim]
-    lse_tile: Any  # None without an lse; VMEM f32 [2, heads, 1, packed_rows]
-    table_sem: jax.Ref  # DMA [TABLE_SLOTS]
-    page_sem: jax.Ref  # DMA [buffers]
-    q_sem: jax.Ref  # DMA [2]
-    out_sem: jax.Ref  # DMA [2]
-    lse_sem: Any  # None without an lse; DMA [2]
+# Heads that decode scores together: their rows fill registers, their dots overlap.
+DECODE_HEADS = 4
+# Pieces of the mixed path scored before one is folded: on v6e 1220 bundles a block at 8, 1289 at 6, 1199 at 10.
+PIECES_AHEAD = 8
 
 
 def body(refs: Refs, plan: Plan) -> None:
@@ -86,34 +37,34 @@ def body(refs: Refs, plan: Plan) -> None:
     core = pl.program_id(0)
     count = refs.tiles.count[0]
     _clear_padding(refs, plan)
-    _start_cursors(refs, plan, core)
+    move.start_cursors(refs, plan, core)
 
     def step(index, _):
         tile = core + index * plan.cores
         slot = lax.rem(index, 2)
-        _wait_queries(refs, plan, tile, slot)
-        _fetch_queries(refs, plan, tile + plan.cores, 1 - slot)
+        move.wait_queries(refs, plan, tile, slot)
+        move.fetch_queries(refs, plan, tile + plan.cores, 1 - slot)
 
         @pl.when(index >= 2)
         def _():
-            _wait_out(refs, plan, tile - 2 * plan.cores, slot)
+            move.send_out(refs, plan, tile - 2 * plan.cores, slot, move.wait)
 
         rows = refs.tiles.rows[tile]
         pl.when(rows == 1)(lambda: _decode_tile(refs, plan, tile, slot))
         pl.when(rows > 1)(lambda: _mixed_tile(refs, plan, tile, slot))
-        _store_out(refs, plan, tile, slot)
+        move.send_out(refs, plan, tile, slot, move.start)
         return 0
 
     mine = lax.div(count - core + plan.cores - 1, plan.cores)
-    _fetch_queries(refs, plan, core, 0)
+    move.fetch_queries(refs, plan, core, 0)
     lax.fori_loop(0, mine, step, 0)
-    _drain_tables(refs, plan)
+    move.drain_tables(refs, plan)
     for back in (2, 1):
 
         @pl.when(mine >= back)
         def _(back=back):
             last = mine - back
-            _wait_out(refs, plan, core + last * plan.cores, lax.rem(last, 2))
+            move.send_out(refs, plan, core + last * plan.cores, lax.rem(last, 2), move.wait)
 
 
 def _clear_padding(refs: Refs, plan: Plan) -> None:
@@ -134,196 +85,6 @@ def _lane_tiles(plan: Plan) -> list[tuple[int, int, int]]:
     return [(lane, start, min(LANES, plan.head_dim - start)) for lane, start in enumerate(starts)]
 
 
-# ------------------------------------------------ transfers
-
-
-def _start_cursors(refs: Refs, plan: Plan, core) -> None:
-    for tile, block in ((TABLE_TILE, TABLE_BLOCK), (PAGE_TILE, PAGE_BLOCK)):
-        refs.cursor[tile] = core
-        refs.cursor[block] = refs.tiles.block[core]
-    for slot in (TABLE_SLOT, PAGE_TABLE_SLOT, PAGE_SLOT, SLOT):
-        refs.cursor[slot] = 0
-
-    def ask(_, carry):
-        _fetch_table(refs, plan)
-        return carry
-
-    def fill(_, carry):
-        _wait_table(refs, plan)
-        _fetch_table(refs, plan)
-        _fetch_pages(refs, plan)
-        return carry
-
-    lax.fori_loop(0, TABLE_LEAD, ask, 0)
-    lax.fori_loop(0, plan.buffers - 1, fill, 0)
-
-
-def _drain_tables(refs: Refs, plan: Plan) -> None:
-    """Wait for the table transfers that ran past the last tile."""
-
-    def wait(_, slot):
-        _table_copy(refs, plan, 0, slot).wait()
-        return jnp.where(slot + 1 == TABLE_SLOTS, 0, slot + 1)
-
-    lax.fori_loop(0, TABLE_LEAD, wait, refs.cursor[PAGE_TABLE_SLOT])
-
-
-def _advance(refs: Refs, plan: Plan, tile_field: int, block_field: int, tile, block) -> None:
-    """Move a cursor to the next block of its tile, or to the first of the next tile."""
-    more = block + 1 < refs.tiles.block_end[tile]
-    next_tile = tile + plan.cores
-    refs.cursor[tile_field] = jnp.where(more, tile, next_tile)
-    refs.cursor[block_field] = jnp.where(more, block + 1, refs.tiles.block[next_tile])
-
-
-def _next_slot(refs: Refs, field: int, slots: int) -> None:
-    slot = refs.cursor[field] + 1
-    refs.cursor[field] = jnp.where(slot == slots, 0, slot)
-
-
-def _table_copy(refs: Refs, plan: Plan, source, slot):
-    # The ring is one-dimensional because SMEM then indexes without arithmetic on tiles.
-    place = pl.ds(pl.multiple_of(slot * plan.table_entries, TABLE_ENTRIES), plan.table_entries)
-    return pltpu.make_async_copy(refs.tables.at[source, 0], refs.table.at[place], refs.table_sem.at[slot])
-
-
-def _fetch_table(refs: Refs, plan: Plan) -> None:
-    """Ask for the page ids of the first cursor's block; past the last tile it asks for ids that nobody uses."""
-    tile, block = refs.cursor[TABLE_TILE], refs.cursor[TABLE_BLOCK]
-    part = jnp.minimum(block >> _log2(plan.table_entries // plan.block_pages), plan.slices - 1)
-    slot = refs.cursor[TABLE_SLOT]
-    _table_copy(refs, plan, refs.tiles.seq[tile] * plan.slices + part, slot).start()
-    _advance(refs, plan, TABLE_TILE, TABLE_BLOCK, tile, block)
-    _next_slot(refs, TABLE_SLOT, TABLE_SLOTS)
-
-
-def _wait_table(refs: Refs, plan: Plan) -> None:
-    """Wait for the page ids of the second cursor's block."""
-    _table_copy(refs, plan, 0, refs.cursor[PAGE_TABLE_SLOT]).wait()
-
-
-def _page_range(refs: Refs, plan: Plan, tile, block):
-    """Pages of a block that some row of the tile sees, half-open, counted from the block's first."""
-    base = block * plan.block_pages
-    first = jnp.maximum(refs.tiles.page[tile] - base, 0)
-    end = jnp.minimum(refs.tiles.page_end[tile] - base, plan.block_pages)
-    return first, end
-
-
-def _fetch_pages(refs: Refs, plan: Plan) -> None:
-    """Ask for the pages of the second cursor's block, one transfer a page, all on the slot's semaphore."""
-    tile, block = refs.cursor[PAGE_TILE], refs.cursor[PAGE_BLOCK]
-    table_slot, slot = refs.cursor[PAGE_TABLE_SLOT], refs.cursor[PAGE_SLOT]
-    first, end = _page_range(refs, plan, tile, block)
-    within = block & (plan.table_entries // plan.block_pages - 1)
-    offset = table_slot * plan.table_entries + within * plan.block_pages
-
-    def start(page):
-        source = refs.table[offset + page]
-        page_copy(refs, source, slot, page).start()
-
-    if plan.block_pages <= UNROLLED_PAGES:
-        for page in range(plan.block_pages):
-            pl.when((page >= first) & (page < end))(functools.partial(start, page))
-    else:
-        lax.fori_loop(first, end, lambda page, carry: start(page) or carry, 0)
-    _advance(refs, plan, PAGE_TILE, PAGE_BLOCK, tile, block)
-    _next_slot(refs, PAGE_TABLE_SLOT, TABLE_SLOTS)
-    _next_slot(refs, PAGE_SLOT, plan.buffers)
-
-
-def page_copy(refs: Refs, source, slot, page):
-    """The transfer of one page of the pool to its place in a buffer."""
-    return pltpu.make_async_copy(refs.pages.at[source], refs.raw.at[slot, page], refs.page_sem.at[slot])
-
-
-def _wait_pages(refs: Refs, plan: Plan, tile, block, slot) -> None:
-    """Wait for as many pages as were asked for: a semaphore counts bytes, so powers of two add up to any number."""
-    first, end = _page_range(refs, plan, tile, block)
-    for pages in _powers(plan.block_pages):
-
-        @pl.when((end - first) & pages != 0)
-        def _(pages=pages):
-            part = refs.raw.at[slot, pl.ds(0, pages)]
-            pltpu.make_async_copy(part, part, refs.page_sem.at[slot]).wait()
-
-
-def _log2(power: int) -> int:
-    return power.bit_length() - 1
-
-
-def _powers(most: int) -> list[int]:
-    """Powers of two whose sums reach `most`."""
-    return [1 << bit for bit in range(most.bit_length())]
-
-
-def _each_part(rows, most: int, do) -> None:
-    """Call `do(first, size)` for parts of static sizes that together cover `rows` rows, at most `most`."""
-    for size in _powers(most):
-
-        @pl.when(rows & size != 0)
-        def _(size=size):
-            do(rows & -(2 * size), size)
-
-
-def _q_copy(refs: Refs, row, first, size: int, slot):
-    return pltpu.make_async_copy(
-        refs.queries.at[pl.ds(row + first, size)],
-        refs.q_tile.at[slot, pl.ds(first, size)],
-        refs.q_sem.at[slot],
-    )
-
-
-def _out_copy(refs: Refs, row, first, size: int, slot):
-    return pltpu.make_async_copy(
-        refs.out_tile.at[slot, pl.ds(first, size)],
-        refs.out.at[pl.ds(row + first, size)],
-        refs.out_sem.at[slot],
-    )
-
-
-def _fetch_queries(refs: Refs, plan: Plan, tile, slot) -> None:
-    @pl.when(tile < refs.tiles.count[0])
-    def _():
-        row = refs.tiles.row[tile]
-        _each_part(
-            refs.tiles.rows[tile],
-            plan.block_q,
-            lambda first, size: _q_copy(refs, row, first, size, slot).start(),
-        )
-
-
-def _wait_queries(refs: Refs, plan: Plan, tile, slot) -> None:
-    row = refs.tiles.row[tile]
-    _each_part(refs.tiles.rows[tile], plan.block_q, lambda first, size: _q_copy(refs, row, first, size, slot).wait())
-
-
-def _store_out(refs: Refs, plan: Plan, tile, slot) -> None:
-    row = refs.tiles.row[tile]
-    _each_part(
-        refs.tiles.rows[tile],
-        plan.block_q,
-        lambda first, size: _out_copy(refs, row, first, size, slot).start(),
-    )
-    if plan.lse:
-        _lse_copy(refs, tile, slot).start()
-
-
-def _wait_out(refs: Refs, plan: Plan, tile, slot) -> None:
-    row = refs.tiles.row[tile]
-    _each_part(
-        refs.tiles.rows[tile],
-        plan.block_q,
-        lambda first, size: _out_copy(refs, row, first, size, slot).wait(),
-    )
-    if plan.lse:
-        _lse_copy(refs, tile, slot).wait()
-
-
-def _lse_copy(refs: Refs, tile, slot):
-    return pltpu.make_async_copy(refs.lse_tile.at[slot], refs.lse.at[tile], refs.lse_sem.at[slot])
-
-
 # ------------------------------------------------ blocks
 
 
@@ -334,16 +95,16 @@ def _each_block(refs: Refs, plan: Plan, tile, fold) -> None:
     first = 0 if plan.window is None else jnp.maximum(position - plan.window + 1, 0)
 
     def step(block, carry):
-        _wait_table(refs, plan)
-        _fetch_table(refs, plan)
-        slot = refs.cursor[SLOT]
-        _wait_pages(refs, plan, tile, block, slot)
-        _next_slot(refs, SLOT, plan.buffers)
+        move.wait_table(refs, plan)
+        move.fetch_table(refs, plan)
+        slot = refs.cursor[move.SLOT]
+        move.wait_pages(refs, plan, tile, block, slot)
+        move.next_slot(refs, move.SLOT, plan.buffers)
         base = block * plan.tokens
         _clear_dead(refs, plan, slot, first - base, end - base)
         _unpack(refs, plan, slot)
         # Here, because nothing below touches `raw`: the compiler packs these instructions between those of the dots.
-        _fetch_pages(refs, plan)
+        move.fetch_pages(refs, plan)
         fold(base)
         return carry
 
@@ -408,54 +169,6 @@ def _as_words(stored, plan: Plan):
     return pltpu.bitcast(stored, jnp.uint32)
 
 
-def _load_kv(refs: Refs, plan: Plan, head: int):
-    """Keys and values of one head, [keys, dim] dot operands."""
-    if not plan.paired:
-        return _load_rows(refs, plan, 2 * head), _load_rows(refs, plan, 2 * head + 1)
-    words = _load_rows(refs, plan, head)
-    if plan.kv_dtype == "float16":
-        kind = jnp.float32 if plan.f32_dots else jnp.bfloat16
-        return half(words & 0xFFFF).astype(kind), half(words >> 16).astype(kind)
-    if plan.f32_dots:
-        return (
-            lax.bitcast_convert_type(words << 16, jnp.float32),
-            lax.bitcast_convert_type(words & jnp.uint32(0xFFFF0000), jnp.float32),
-        )
-    return (
-        lax.bitcast_convert_type(words.astype(jnp.uint16), jnp.bfloat16),
-        lax.bitcast_convert_type((words >> 16).astype(jnp.uint16), jnp.bfloat16),
-    )
-
-
-def _load_rows(refs: Refs, plan: Plan, row: int):
-    """Row `row` of every token, [keys, dim]."""
-    parts = [refs.words[lane, pl.ds(row, plan.keys, stride=plan.word_pitch)] for lane in range(plan.lane_tiles)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def half(bits):
-    """f32 of IEEE half bits, subnormals, inf and NaN included: a TPU has no f16 arithmetic."""
-    bits = bits.astype(jnp.int32)
-    magnitude = bits & 0x7FFF
-    # The exponent moves by 112 places; done in floating point it must not meet an f32 subnormal.
-    normal = lax.bitcast_convert_type((magnitude << 13) + (112 << 23), jnp.float32)
-    tiny = magnitude.astype(jnp.float32) * 2.0**-24
-    wide = lax.bitcast_convert_type((magnitude << 13) | 0x7F800000, jnp.float32)
-    value = jnp.where(magnitude < 0x400, tiny, jnp.where(magnitude >= 0x7C00, wide, normal))
-    return jnp.where(bits >= 0x8000, -value, value)
-
-
-def _dot(a, b, contract: tuple[int, int], plan: Plan):
-    """a . b over the named axes, accumulated in f32; f32 operands are not cut to bf16 passes."""
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if plan.f32_dots else lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
 def _logits(refs: Refs, plan: Plan, scores, head: int):
     """Scaled and capped logits in units of log2."""
     scale = refs.scales[0, head] if plan.k_scaled else None
@@ -473,10 +186,6 @@ def _visible(plan: Plan, token, base, position):
         limit = jnp.minimum(limit, plan.tokens)
     seen = token < limit
     return seen if plan.window is None else seen & (token >= position + 1 - plan.window - base)
-
-
-def _weights(p, plan: Plan):
-    return p if plan.f32_dots else p.astype(jnp.bfloat16)
 
 
 def _close(m, l, sink, plan: Plan):
@@ -510,18 +219,17 @@ def _decode_tile(refs: Refs, plan: Plan, tile, slot) -> None:
 
 
 def _decode_block(refs: Refs, plan: Plan, base, position) -> None:
-    """Fold one block: heads in chunks of four, whose scores are one array and whose dots overlap."""
+    """Fold one block: heads in chunks, whose scores are one array and whose dots overlap."""
     token = lax.broadcasted_iota(jnp.int32, (1, plan.keys), 1)
     seen = _visible(plan, token, base, position)
-    chunk, rows = 4, plan.decode_rows
-    for first in range(0, plan.heads, chunk):
-        heads = range(first, min(first + chunk, plan.heads))
-        scores, values = [], []
+    rows = plan.decode_rows
+    for first in range(0, plan.heads, DECODE_HEADS):
+        heads = range(first, min(first + DECODE_HEADS, plan.heads))
+        scores = []
         for head in heads:
-            keys, value = _load_kv(refs, plan, head)
-            logits = _logits(refs, plan, _dot(_decode_queries(refs, plan, head), keys, (1, 1), plan), head)
+            keys = operands.load(refs, plan, head, operands.KEYS)
+            logits = _logits(refs, plan, operands.dot(_decode_queries(refs, plan, head), keys, (1, 1), plan), head)
             scores.append(jnp.where(seen, logits, -jnp.inf))
-            values.append(value)
         part = slice(first * rows, (heads[-1] + 1) * rows)
         s = jnp.concatenate(scores, axis=0)  # [chunk * rows, keys]
         old = refs.decode_m[part]
@@ -530,9 +238,12 @@ def _decode_block(refs: Refs, plan: Plan, base, position) -> None:
         keep = jnp.exp2(old - m)
         refs.decode_m[part] = m
         refs.decode_l[part] = refs.decode_l[part] * keep + jnp.sum(p, axis=1, keepdims=True)
-        parts = [
-            _dot(_weights(p[i * rows : (i + 1) * rows], plan), value, (1, 0), plan) for i, value in enumerate(values)
-        ]
+        parts = []
+        for i, head in enumerate(heads):
+            weights = operands.rounded(p[i * rows : (i + 1) * rows], plan)
+            # Loaded a second time, here: kept from above they would spill.
+            values = operands.load(refs, plan, head, operands.VALUES)
+            parts.append(operands.dot(weights, values, (1, 0), plan))
         refs.decode_acc[part] = refs.decode_acc[part] * keep + jnp.concatenate(parts, axis=0)
 
 
@@ -540,7 +251,7 @@ def _decode_queries(refs: Refs, plan: Plan, head: int):
     """[decode_rows, dim] operand; rows past the group are other heads' and are never stored."""
     parts = [refs.stage[lane, pl.ds(head * plan.group, plan.decode_rows)] for lane in range(plan.lane_tiles)]
     q = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return q if plan.f32_dots else q.astype(jnp.bfloat16)
+    return operands.rounded(q, plan)
 
 
 def _decode_end(refs: Refs, plan: Plan, slot) -> None:
@@ -584,33 +295,38 @@ def _pack_queries(refs: Refs, plan: Plan, slot) -> None:
         return carry
 
     lax.fori_loop(0, plan.block_q, row, 0)
-    kind = refs.operand.dtype
     for head in range(plan.heads):
         for member in range(plan.group):
+            rows = pl.ds(member * plan.block_q, plan.block_q)
             for lane in range(plan.lane_tiles):
                 q = refs.stage[lane, pl.ds(head * plan.group + member, plan.block_q, stride=plan.head_pitch)]
-                refs.operand[head, pl.ds(member * plan.block_q, plan.block_q), pl.ds(lane * LANES, LANES)] = q.astype(
-                    kind
-                )
+                refs.operand[head, rows, pl.ds(lane * LANES, LANES)] = operands.rounded(q, plan)
 
 
 def _mixed_block(refs: Refs, plan: Plan, base, position) -> None:
-    """Fold one block; the scores of the next two heads are on their way while a head's weights are made."""
+    """Fold one block in pieces of 128 keys, all heads of a piece before the next.
+
+    The scores of the next PIECES_AHEAD are on their way while a piece's weights are made: a piece is a long chain
+    (dot, maximum, exponential, dot) whose steps wait for each other, and a short one fits the registers.
+    """
     lane = lax.broadcasted_iota(jnp.int32, (1, plan.packed_rows), 1)
     at = position + lax.rem(lane, plan.block_q)
-    token = lax.broadcasted_iota(jnp.int32, (plan.keys, plan.packed_rows), 0)
-    seen = _visible(plan, token, base, at)
+    token = lax.broadcasted_iota(jnp.int32, (LANES, plan.packed_rows), 0)
+    pieces = [(first, head) for first in range(0, plan.keys, LANES) for head in range(plan.heads)]
     ahead = []
-    for head in range(plan.heads + 2):
-        if head < plan.heads:
-            keys, values = _load_kv(refs, plan, head)
-            ahead.append((_dot(keys, refs.operand[head], (1, 1), plan), values))
-        if head >= 2:
-            _mixed_fold(refs, plan, head - 2, seen, *ahead[head - 2])
+    for index in range(len(pieces) + PIECES_AHEAD):
+        if index < len(pieces):
+            first, head = pieces[index]
+            keys = operands.load(refs, plan, head, operands.KEYS, first, LANES)
+            ahead.append(operands.dot(keys, refs.operand[head], (1, 1), plan))
+        if 0 <= index - PIECES_AHEAD < len(pieces):
+            first, head = pieces[index - PIECES_AHEAD]
+            values = operands.load(refs, plan, head, operands.VALUES, first, LANES)
+            _mixed_fold(refs, plan, head, _visible(plan, first + token, base, at), ahead.pop(0), values)
 
 
 def _mixed_fold(refs: Refs, plan: Plan, head: int, seen, scores, values) -> None:
-    """One step of the online softmax for one kv head; scores [keys, packed_rows]."""
+    """One step of the online softmax for one kv head; scores [128, packed_rows]."""
     s = jnp.where(seen, _logits(refs, plan, scores, head), -jnp.inf)
     old = refs.m[head]
     m = jnp.maximum(old, jnp.max(s, axis=0, keepdims=True))
@@ -618,7 +334,7 @@ def _mixed_fold(refs: Refs, plan: Plan, head: int, seen, scores, values) -> None
     keep = jnp.exp2(old - m)
     refs.m[head] = m
     refs.l[head] = refs.l[head] * keep + jnp.sum(p, axis=0, keepdims=True)
-    refs.acc[head] = refs.acc[head] * keep + _dot(values, _weights(p, plan), (0, 0), plan)
+    refs.acc[head] = refs.acc[head] * keep + operands.dot(values, operands.rounded(p, plan), (0, 0), plan)
 
 
 def _mixed_end(refs: Refs, plan: Plan, slot) -> None:

@@ -45,7 +45,7 @@ class Plan:
     page: int
     q_dtype: str  # what queries and output are stored in: float32 or bfloat16
     kv_dtype: str
-    f32_dots: bool  # operands stay f32; otherwise they are rounded to bf16
+    dots: str  # what dot operands are rounded to: bfloat16, float16 or float32
     scale: float
     cap: float | None
     window: int | None
@@ -63,6 +63,11 @@ class Plan:
     @property
     def group(self) -> int:
         return self.q_heads // self.heads
+
+    @property
+    def f32_dots(self) -> bool:
+        """Whether operands travel as f32; only bf16 has a matrix unit of its own."""
+        return self.dots != "bfloat16"
 
     @property
     def tokens(self) -> int:
@@ -177,7 +182,6 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
     unknown = [name for name, _ in config.options if name not in OPTIONS]
     if unknown:
         raise ValueError(f"option {unknown[0]!r}: the TPU kernel knows {' and '.join(OPTIONS)}")
-    half = signature.compute_dtype == "bfloat16"
     return Plan(
         q_heads=signature.num_q_heads,
         heads=signature.num_kv_heads,
@@ -185,7 +189,7 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         page=signature.page_size,
         q_dtype="float32" if signature.q_dtype == "float16" else signature.q_dtype,
         kv_dtype=signature.kv_dtype,
-        f32_dots=not half,
+        dots=signature.compute_dtype,
         scale=signature.softmax_scale,
         cap=signature.logits_soft_cap,
         window=signature.sliding_window,
