@@ -2,66 +2,108 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuzz.bench import arrays
 from fuzz.bench.cells import Cell
-from fuzz.verifier import verify
-from rpa import Tuner, api, cache, select
-from rpa.device import current
-from rpa.tune import Report, TuningFailed
 
-_STATIC = ("softmax_scale", "logits_soft_cap", "compute_dtype", "optimized", "sliding_window", "mask_value",
-           "vmem_limit_bytes", "return_lse")  # fmt: skip
+_CACHE_BYTES = 64 << 20  # no GPU's last-level cache is larger by much: batches rotate past it
+_EXCLUSIVE: Any = nullcontext()  # a lock, in processes that share one device
 
 
-def query_of(cell: Cell, platform: str) -> select.Query:
-    """The cell's call on real arrays, as selection sees it."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell: its key in the user's store and in a table, the entry if there is one, and words."""
+
+    cell: str
+    stored_as: str
+    shipped_as: str
+    entry: dict[str, Any] | None
+    text: str
+
+
+def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
+    """Tune every cell until `end` (`time.time()`), in the order in which they get done.
+
+    Cells that share a key are tuned once, the first of them. Several workers compile and judge side by side and take
+    turns on the device.
+    """
+    firsts = list({_likeness(cell): cell for cell in reversed(cells)}.values())[::-1]
+    jobs = [(cell, platform, iters, end, max(1, -(-(len(firsts) - i) // workers))) for i, cell in enumerate(firsts)]
+    if workers == 1:
+        yield from map(_tune, jobs)
+        return
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _share, (context.Lock(),)) as pool:
+        try:
+            for done in as_completed([pool.submit(_tune, job) for job in jobs]):
+                yield done.result()
+        except BaseException:  # an interrupt is not to wait for every cell
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _share(lock: Any) -> None:
+    global _EXCLUSIVE
+    _EXCLUSIVE = lock
+
+
+def _likeness(cell: Cell) -> tuple:
+    """What decides a cell's key, without making its arrays."""
+    pages = -(-max(cell.contexts) // cell.page_size)
+    sizes = (sum(cell.queries), len(cell.queries), -(-pages // 8) * 8)
+    return cell.model.name, cell.layer.name, cell.page_size, *((size - 1).bit_length() for size in sizes)
+
+
+def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
+    """Judge and time one cell's candidates, on its part of the time that is left."""
+    from fuzz.verifier import verify
+    from rpa import Tuner
+    from rpa.tune import TuningFailed
+
+    cell, platform, iters, end, waiting = job
+    left = end - time.time()
+    if left <= 0:
+        return Outcome(cell.name, "", "", None, "no time was left")
+    query, turns = query_of(cell, platform)
+    tuner = Tuner(
+        2, iters, verify=verify, budget=max(left / waiting, 5.0), turns=turns, exclusive=lambda: _EXCLUSIVE
+    )  # fmt: skip
+    names = (cell.name, "|".join(query.triple), f"{query.op}|{query.stem}")
+    try:
+        tuner.autotune(query.program, query.args, {}, query.contenders())
+    except TuningFailed as error:
+        return Outcome(*names, None, f"no usable config\n{error}")
+    report = tuner.history[-1]
+    return Outcome(*names, _entry(cell, report), summary(report))
+
+
+def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
+    """The cell's call on real arrays as selection sees it, and the arguments to time in turn."""
     import jax
 
-    batch = arrays.make(cell, 0)
-    options: dict[str, Any] = {"optimized": False, "return_lse": False, **batch.options}
-    values = tuple(jax.device_put(value) for value in batch.arguments()[:6])
-    scales = (options.get("k_scale"), options.get("v_scale"))
-    static = tuple(options.get(name) for name in _STATIC)
-    inputs, signature = api.prepare((*values, batch.sinks, *scales), static, False)
-    return select.query_of(signature, current(), platform, None, inputs=inputs)
+    from fuzz.bench import arrays
+    from rpa import api, select
+    from rpa.device import current
+
+    batch = arrays.make(cell, _CACHE_BYTES if current().platform == "gpu" else 0)
+    options = batch.options
+    scales = (options.pop("k_scale", None), options.pop("v_scale", None))
+    given = (*map(jax.device_put, batch.arguments()[:6]), batch.sinks, *scales)
+    inputs, signature = api.prepare(given, api.Options(**options), False)
+    turns = [(inputs._replace(block_tables=jax.device_put(table)),) for table in batch.tables]
+    return select.query_of(signature, current(), platform, None, inputs=turns[0][0]), turns
 
 
-def each(
-    cells: Sequence[Cell], platform: str, iters: int, end: float
-) -> Iterator[tuple[Cell, select.Query, Report | str]]:
-    """Tune every cell until `end` (monotonic seconds); cells that share a key are tuned once, the first of them.
-
-    Gives cell, query and the report, or why there is none.
-    """
-    keys = set()
-    for i, cell in enumerate(cells):
-        left = end - time.monotonic()
-        if left <= 0:
-            return
-        query = query_of(cell, platform)
-        if query.triple in keys:
-            continue
-        keys.add(query.triple)
-        tuner = Tuner(warmup=2, iters=iters, verify=verify, budget=max(left / (len(cells) - i), 5.0))
-        yield cell, query, _report(query, tuner)
-
-
-def _report(query: select.Query, tuner: Tuner) -> Report | str:
-    first = query.heuristic()
-    candidates = [first, *(config for config in query.candidates() if config != first)]
-    try:
-        tuner.autotune(query.program, query.args, {}, candidates)
-    except TuningFailed as error:
-        return f"no usable config\n{error}"
-    return tuner.history[-1]
-
-
-def summary(report: Report) -> str:
+def summary(report: Any) -> str:
     """The outcome in a line, and a line for each candidate that was wrong or failed."""
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
     troubles = "".join(
@@ -72,18 +114,17 @@ def summary(report: Report) -> str:
     return f"{report.reason} ({counts}){troubles}"
 
 
-def store(found: Sequence[tuple[select.Query, Report]], table: Path | None) -> Path:
-    """Put the winners into the user's store, or into a table as the package ships it; says where they are."""
-    if table is None:
-        own: Any = select.default_chain().persistent
-        own.merge({"|".join(query.triple): _entry(report) for query, report in found})
-        return own.path
-    old = cache.parse(table.read_text(encoding="utf-8")) if table.exists() else {}
-    new = {f"{query.op}|{query.stem}": _entry(report) for query, report in found}
-    table.write_text(cache.render({**old, **new}), encoding="utf-8")
-    return table
+def store(found: Sequence[Outcome], table: Path | None) -> Path | None:
+    """Put winners into the user's store, or into a table as the package ships it; where they are, None if nowhere."""
+    from rpa import PersistentCache, select
+
+    own: Any = select.default_chain().persistent if table is None else PersistentCache("table", table)
+    entries = {done.stored_as if table is None else done.shipped_as: done.entry for done in found}
+    return own.path if own.merge(entries) else None
 
 
-def _entry(report: Report) -> dict[str, Any]:
+def _entry(cell: Cell, report: Any) -> dict[str, Any]:
+    from rpa import cache
+
     fields = {name: value for name, value in report.winner.to_dict().items() if value not in (None, {})}
-    return {"config": fields, "note": report.reason, "versions": cache.versions()}
+    return {"config": fields, "note": f"{report.reason} ({cell.name})", "versions": cache.versions()}

@@ -85,6 +85,7 @@ class Query:
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
+    general: str = ""  # the stem of the like call on one device and any platform, as shipped tables have it
 
     @property
     def key(self) -> str:
@@ -203,7 +204,8 @@ class ConfigSelectorChain:
         return self._usable(query, found, f"{self.persistent.path} holds it")
 
     def _shipped(self, query: Query) -> Lookup:
-        entry = cache.shipped(query.device).get(f"{query.op}|{query.stem}")
+        table = cache.shipped(query.device)
+        entry = table.get(f"{query.op}|{query.stem}") or table.get(f"{query.op}|{query.general}")
         if entry is None:
             return None, f"the tables that ship hold nothing for it on {query.device}"
         found = RaggedPageAttentionv2Config.from_dict(entry["config"])
@@ -373,6 +375,7 @@ def query_of(
         judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
+        general=stem(signature, "auto", "none"),
     )
 
 

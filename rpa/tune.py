@@ -73,6 +73,7 @@ class Tuner:
         margin: the least relative gain that displaces the first candidate; the noise of the samples adds to it.
         budget: seconds for compiling and timing; what does not fit is counted, not tried.
         progress: wraps the iterable of trials, as `rich.progress.track` does.
+        turns: argument tuples of the same shapes, timed in turn where one batch would stay in the device's cache.
         exclusive: makes a context in which the device is this process's alone, where several tune at once.
         clock: seconds, for tests.
     """
@@ -86,6 +87,7 @@ class Tuner:
         margin: float = 0.02,
         budget: float = 60.0,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+        turns: Sequence[tuple[Any, ...]] = (),
         exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -95,7 +97,7 @@ class Tuner:
         self.history: deque[Report] = deque(maxlen=64)
         self._verify = verify
         self._progress = progress or (lambda items, text: items)
-        self._exclusive, self._clock = exclusive, clock
+        self._turns, self._exclusive, self._clock = turns, exclusive, clock
 
     @property
     def verify(self) -> Verifier | None:
@@ -106,7 +108,7 @@ class Tuner:
         compiled = _jitted(fn).lower(*args, **kwargs).compile()
         self._warm(compiled, args, kwargs)
         rounds, calls = _split(self.iters)
-        return statistics.median(self._sample(compiled, args, kwargs, calls) for _ in range(rounds))
+        return statistics.median(self._sample(compiled, [args] * calls, kwargs) for _ in range(rounds))
 
     def autotune(
         self,
@@ -161,11 +163,13 @@ class Tuner:
     def _time(self, alive: list[Trial], args: tuple, kwargs: dict, started: float) -> None:
         """Rounds in which every candidate has its turn; one at half the best's speed is given up."""
         rounds, calls = _split(self.iters)
+        turns: Sequence[tuple[Any, ...]] = self._turns or [args]
         for done in self._progress(range(rounds), "timing"):
             if done and self._clock() - started > self.budget:
                 return
+            batches = [turns[(done * calls + i) % len(turns)] for i in range(calls)]
             for trial in alive:
-                trial.seconds.append(self._sample(trial.program, args, kwargs, calls))
+                trial.seconds.append(self._sample(trial.program, batches, kwargs))
             fastest = min(trial.median for trial in alive)
             alive = [alive[0], *(trial for trial in alive[1:] if trial.median < 2 * fastest)]
 
@@ -175,14 +179,14 @@ class Tuner:
             output = compiled(*args, **kwargs)
         return jax.block_until_ready(output)
 
-    def _sample(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: int) -> float:
-        """Seconds of one call, the mean of `calls` calls in a row."""
-        if jax.tree.leaves((args, kwargs)) and _on_gpu(args, kwargs):
-            return _kernel_seconds(compiled, args, kwargs, calls)
+    def _sample(self, compiled: Any, batches: Sequence[Any], kwargs: dict[str, Any]) -> float:
+        """Seconds of one call, the mean over `batches`; on a GPU those of the kernels, without the host's part."""
+        if _on_gpu(batches[0], kwargs):
+            return _kernel_seconds(compiled, batches, kwargs)
         started = self._clock()
-        outputs = [compiled(*args, **kwargs) for _ in range(calls)]
+        outputs = [compiled(*args, **kwargs) for args in batches]
         jax.block_until_ready(outputs)
-        return (self._clock() - started) / calls
+        return (self._clock() - started) / len(batches)
 
     def _decide(self, trials: list[Trial]) -> Report:
         timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
@@ -245,12 +249,16 @@ def _on_gpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool(arrays) and next(iter(arrays[0].devices())).platform in ("gpu", "cuda")
 
 
-def _kernel_seconds(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any], calls: int) -> float:
-    """Seconds a call's kernels run on the device, without the host's part: the median of `calls` calls."""
-    from jax.experimental.mosaic.gpu import profiler
+def _kernel_seconds(compiled: Any, batches: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    from jax._src.lib import mosaic_gpu
 
-    measured = profiler.Cupti(finalize=False).measure(compiled, iterations=calls)
-    times = measured(*args, **kwargs)[1]
-    if times is None:
+    # The module that carries CUPTI has no public name; Mosaic's own profiler would repeat one batch from the cache.
+    extension: Any = mosaic_gpu._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
+    extension._cupti_init()
+    try:
+        jax.block_until_ready([compiled(*args, **kwargs) for args in batches])
+    finally:
+        timings = extension._cupti_get_timings(False)
+    if not timings:
         raise RuntimeError("the GPU ran no kernel")
-    return statistics.median(times if isinstance(times, list) else [times]) / 1e3
+    return sum(milliseconds for _, milliseconds in timings) / 1e3 / len(batches)

@@ -287,6 +287,9 @@ def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
         "triton",
     )
     assert "us" in choice.reason
+    assert select.choose(decode, H200, "triton", None).config == choice.config
+    assert select.choose(decode, H200, "auto", None, sharding="heads:4").config == choice.config
+    assert select.choose(decode, H200, "xla", None).source == "heuristic"
     assert select.choose(decode, Device("gpu", "NVIDIA A100", (8, 0)), "auto", None).source == "heuristic"
 
 

@@ -6,15 +6,11 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rpa.select import Query
-    from rpa.tune import Report
-
-USAGE, NOTHING = 2, 3
+USAGE = 2
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _Platform = Annotated[str, typer.Option(help="auto, xla, triton, pallas or cuda.")]
 
@@ -85,53 +81,58 @@ def tune(
     only: Annotated[str, typer.Option(help="Only cells of `rpa bench` whose name contains this text.")] = "",
     platform: _Platform = "auto",
     iters: Annotated[int, typer.Option(min=1, help="Timed calls a candidate.")] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compile and judge; they time in turn.")] = 1,
     table: Annotated[
         Path | None, typer.Option(help="Write a table as the package ships it, rather than the user's store.")
     ] = None,
 ) -> None:
     """Find the fastest right config of every benchmark cell on this machine's device, and store it.
 
-    Every candidate is judged by the oracle before it is timed. Exit codes: 0, 2 usage, 3 nothing was tuned.
+    Every candidate is judged by the oracle before it is timed, and every winner is stored at once. Exit codes: 0, or 2
+    where nothing could be tuned or stored.
     """
     match = re.fullmatch(r"(\d+)([smh]?)", budget.strip())
     if match is None:
         raise _fail(f"--budget {budget!r}: 90, 90s, 10m or 2h is expected")
-    end = time.monotonic() + int(match[1]) * _UNITS[match[2]]
+    if table is not None and (table.is_dir() or not table.parent.is_dir()):
+        raise _fail(f"--table {table}: a file in an existing folder is expected")
+    end = time.time() + int(match[1]) * _UNITS[match[2]]
     try:
-        found = _tune_cells(end, only, platform, iters)
+        count = _tune_cells(end, only, platform, iters, workers, table)
     except ValueError as error:
         raise _fail(str(error)) from None
-    if not found:
-        raise typer.Exit(NOTHING)
-    from fuzz.tuning import store
-
-    print(f"{len(found)} configs in {store(found, table)}")
+    if not count:
+        raise _fail(f"nothing was tuned within --budget {budget}")
 
 
-def _tune_cells(end: float, only: str, platform: str, iters: int) -> list[tuple[Query, Report]]:
-    """The reports of every cell that was tuned; one line a cell goes to the terminal."""
+def _tune_cells(end: float, only: str, platform: str, iters: int, workers: int, table: Path | None) -> int:
+    """Tune, store and tell, cell by cell; how many were stored."""
     from rich.console import Console
     from rich.progress import Progress
 
     from fuzz import tuning
     from fuzz.bench.cells import cells_for
     from rpa.device import current
+    from rpa.validate import platform_of
 
-    console = Console()
+    platform_of(platform)
     cells = [cell for cell in cells_for(current().platform) if only in cell.name]
     if not cells:
         raise ValueError(f"--only {only!r}: no cell has such a name; `rpa bench` lists them")
-    found = []
+    console, count, path = Console(), 0, None
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("tuning", total=len(cells))
-        for cell, query, report in tuning.each(cells, platform, iters, end):
-            told = report if isinstance(report, str) else tuning.summary(report)
-            console.print(f"{cell.name}: {told}", highlight=False, soft_wrap=True)
-            progress.update(task, description=cell.name, advance=1)
-            if not isinstance(report, str):
-                found.append((query, report))
-    console.print(f"{len(found)} of {len(cells)} cells tuned")
-    return found
+        task = progress.add_task("tuning", total=None)
+        for done in tuning.each(cells, platform, iters, end, workers):
+            console.print(f"{done.cell}: {done.text}", highlight=False, markup=False, soft_wrap=True)
+            progress.update(task, description=done.cell, advance=1)
+            if done.entry is not None:
+                path = tuning.store([done], table)
+                if path is None:
+                    raise typer.Exit(USAGE)
+                count += 1
+    if count:
+        print(f"{count} configs in {path}")
+    return count
 
 
 # ------------------------------------------------------------------ cache
