@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -153,12 +154,17 @@ def backend(name: str) -> Contender:
         inputs, signature = api.prepare((*batch.arguments(), *_scales(batch)), _static(batch), False)
         return inputs, signature, registry.load(name), device.current(inputs.queries)
 
+    def config(batch: Batch) -> Any:
+        from rpa import select
+
+        _, signature, _, device = chosen(batch)
+        return select.choose(signature, device, _platform(name), None).config
+
     def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
-        from rpa import api, select
+        from rpa import api
 
         _, signature, implementation, device = chosen(batch)
-        config = select.choose(signature, device, _platform(name), None).config
-        program = api.compiled(implementation, signature, config, device)
+        program = api.compiled(implementation, signature, config(batch), device)
         rotations = [
             api.prepare((*batch.arguments(i), *_scales(batch)), _static(batch), False)[0]
             for i in range(len(batch.tables))
@@ -179,8 +185,10 @@ def backend(name: str) -> Contender:
         from rpa import ragged_page_attention_v2
 
         arrays = jax.device_put(batch.arguments())
-        options = batch.options | {"platform": _platform(name)}
-        return lambda: ragged_page_attention_v2(*arrays, **options)
+        options = batch.options | {"platform": _platform(name), "cfg": config(batch)}
+        # The session's override of the policy is no part of what a user's warm call pays for.
+        bare = contextvars.Context()
+        return lambda: bare.run(ragged_page_attention_v2, *arrays, **options)
 
     return Contender(name, prepare, claim, unsupported, lambda answer: np.asarray(answer[0]), public=public)
 
