@@ -60,11 +60,12 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     """The best explanation of a failure, by the target's answers to a few failing plans."""
     if judgement.kind in _BY_KIND:
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
-    evidence = _gathered(plans, target)
+    evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
     if not evidence:
         return UNKNOWN
     # The last is the largest case: what is unlike there is not tried on the rest.
-    likely = sorted((m for m in MUTANTS if _numeric(m)), key=lambda m: _distance(m, evidence[-1:]))[:CANDIDATES]
+    known = [m for m in MUTANTS if _numeric(m) and (m.group == "lse") == (judgement.kind == "lse")]
+    likely = sorted(known, key=lambda m: _distance(m, evidence[-1:]))[:CANDIDATES]
     ranked = sorted(((_distance(m, evidence), m) for m in likely), key=lambda pair: pair[0])
     best, mutant = ranked[0]
     if best > LIKENESS:
@@ -88,12 +89,13 @@ def _numeric(mutant: Mutant) -> bool:
 @dataclass(frozen=True)
 class _Evidence:
     case: Case
+    what: str  # "output" or "lse": what the target got wrong
     expected: np.ndarray  # f64
-    error: np.ndarray  # f64, what the target got wrong
+    error: np.ndarray  # f64
     broken: np.ndarray  # bool, where it is not finite
 
 
-def _gathered(plans: Sequence[Plan], target: Target) -> list[_Evidence]:
+def _gathered(plans: Sequence[Plan], target: Target, what: str) -> list[_Evidence]:
     """The target's answers to the plans, and to the last one's layout with other data.
 
     Where NaN was read, the second fill shows how much was read, and from where.
@@ -101,31 +103,35 @@ def _gathered(plans: Sequence[Plan], target: Target) -> list[_Evidence]:
     near = [plans[-1].replace(seed=plans[-1].seed + more, check="plain") for more in (1, 2)]
     found = []
     for plan in [*near, *plans]:
-        first = _evidence(build(plan), target)
+        first = _evidence(build(plan), target, what)
         found.append(first)
         if first is not None and first.broken.any():
-            found.append(_evidence(build(plan, "huge"), target))
+            found.append(_evidence(build(plan, "huge"), target, what))
     return [evidence for evidence in found if evidence is not None]
 
 
-def _evidence(case: Case, target: Target) -> _Evidence | None:
+def _evidence(case: Case, target: Target, what: str) -> _Evidence | None:
+    place = ("output", "lse").index(what)
     try:
-        output, _ = target.run(case)
+        got = target.asking(what == "lse").run(case)[place]
     except Exception:  # the failure may be that it raises; then there are no numbers to explain
         return None
-    expected, _ = attend(case)
-    if output.shape != expected.shape:
+    expected = attend(case)[place]
+    if got is None or got.shape != expected.shape:
         return None
-    return _Evidence(case, expected, *_errors(output, expected))
+    return _Evidence(case, what, expected, *_errors(got, expected))
 
 
 def _errors(output: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     got = output.astype(np.float64)
     broken = ~np.isfinite(got) & np.isfinite(expected)
-    error = np.where(broken | ~np.isfinite(expected), 0.0, got - expected)
+    stray = np.isneginf(expected) & np.isfinite(got)  # an lse where there is none
+    with np.errstate(invalid="ignore"):
+        error = np.where(broken | ~np.isfinite(expected), 1.0 * stray, got - expected)
     # Rounding is no symptom: the smallest step of the output dtype near each answer is taken off.
     step = 2.0**-8 if output.dtype.itemsize == 2 else 2.0**-20
-    return np.where(np.abs(error) <= 2 * step * np.abs(expected) + 1e-30, 0.0, error), broken
+    with np.errstate(invalid="ignore"):
+        return np.where(~stray & (np.abs(error) <= 2 * step * np.abs(expected) + 1e-30), 0.0, error), broken
 
 
 @lru_cache(maxsize=512)
@@ -142,8 +148,8 @@ def _distance(mutant: Mutant, evidence: Sequence[_Evidence]) -> float:
 def _apart(kernel, evidence: _Evidence) -> float:
     """0 for the same errors in the same places, 1 for nothing in common."""
     case = evidence.case
-    output = kernel(*(None if a is None else np.array(a) for a in case.arrays), **case.options)
-    error, broken = _errors(output, evidence.expected)
+    answer = kernel(*(None if a is None else np.array(a) for a in case.arrays), **case.options, return_lse=True)
+    error, broken = _errors(answer[("output", "lse").index(evidence.what)], evidence.expected)
     either = broken | evidence.broken
     nan_part = 1 - (broken & evidence.broken).sum() / either.sum() if either.any() else None
     size = np.linalg.norm(error) + np.linalg.norm(evidence.error)

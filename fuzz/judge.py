@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
         return Judgement("fail", "lse", "return_lse=True returned no lse", ratio=np.inf, verdict=verdict)
     found = _beyond_bound(case, target, plan, (output, lse), analysis)
     if found is not None:
-        return Judgement("fail", *found, ratio=np.inf, verdict=verdict)
+        place = _placed(case, verdict, output, analysis) if found[0] == "exact" else verdict
+        return Judgement("fail", *found, ratio=np.inf, verdict=place)
     return Judgement(verdict.status, "bound", verdict.text, verdict.ratio, verdict)
 
 
@@ -147,14 +149,32 @@ def _changed(before: Answer, after: Answer) -> str | None:
 
 def _exact(case: Case, output: np.ndarray, analysis: Analysis) -> tuple[str, str] | None:
     """Rows that see a power of two of equal keys: every right kernel returns these very bits."""
-    rows = exact_rows(case)
-    # The answers are multiples of 2**-20; what float64 leaves beside them (a sink too small to weigh) is taken off.
-    expected = (np.rint(analysis.output * 2.0**20) / 2.0**20).astype(output.dtype)
+    rows, expected = exact_rows(case), _expected_bits(analysis, output.dtype)
     if same_bits(output[rows], expected[rows]):
         return None
     return "exact", "an answer without rounding differs: got and expected in " + first_difference(
         output[rows], expected[rows]
     )
+
+
+def _expected_bits(analysis: Analysis, dtype: np.dtype) -> np.ndarray:
+    """The answers of the exact stratum: multiples of 2**-20; what float64 leaves beside them (a sink too small to
+    weigh) is taken off.
+    """
+    return (np.rint(analysis.output * 2.0**20) / 2.0**20).astype(dtype)
+
+
+def _placed(case: Case, verdict: Verdict, output: np.ndarray, analysis: Analysis) -> Verdict:
+    """The verdict with the place of the first exact answer that is missed, and a bound of 0 there."""
+    rows, expected = exact_rows(case), _expected_bits(analysis, output.dtype)
+    wrong = np.argwhere(output[rows].astype(np.float64) != expected[rows].astype(np.float64))[0]
+    token, head, dim = int(rows[wrong[0]]), int(wrong[1]), int(wrong[2])
+    owner = next(s for s in case.sequences() if s.start <= token < s.stop)
+    return dataclasses.replace(
+        verdict, token=token, head=head, dim=dim, sequence=owner.index, row=token - owner.start,
+        position=int(owner.positions[token - owner.start]), got=float(output[token, head, dim]),
+        expected=float(expected[token, head, dim]), bound=0.0,
+    )  # fmt: skip
 
 
 def exact_rows(case: Case) -> np.ndarray:

@@ -45,9 +45,12 @@ def _rounded(case: Case, decimals: int) -> Case | None:
 
 def script(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
     """The reproducer of a failing case, by the kind of its failure."""
-    if judgement.verdict is not None and judgement.verdict.sequence is not None and judgement.kind != "exact":
-        return _wrong_number(case, target, judgement, diagnosis)
-    return _two_calls(case, target, judgement, diagnosis)
+    place = judgement.verdict
+    if place is None or place.token is None:
+        return _two_calls(case, target, judgement, diagnosis)
+    if place.sequence is None:
+        return _nobodys_row(case, target, judgement, diagnosis)
+    return _wrong_number(case, target, judgement, diagnosis)
 
 
 def _head(target: Target, judgement: Judgement, diagnosis: Diagnosis) -> list[str]:
@@ -65,7 +68,7 @@ def _imports(target: Target) -> list[str]:
     ]
 
 
-def _arguments(case: Case) -> list[str]:
+def _arguments(case: Case, lse: bool = False) -> list[str]:
     """The call's arguments, one line each, numbers spelled out; a big array comes from the file beside the script."""
     lines = []
     for name, short in (("queries", "q"), ("kv_pages", "kv")):
@@ -80,8 +83,8 @@ def _arguments(case: Case) -> list[str]:
     lines.append(f"context_lens, tables, starts = {metadata}")
     sinks = "None" if case.softmax_aux is None else array_literal(case.softmax_aux)
     lines.append(f"num_seqs, sinks = np.array([{case.num_seqs}], np.int32), {sinks}")
-    options = ", ".join(f"{name}={_plain(value)}" for name, value in case.options.items())
-    lines.append(f"options = dict({options})")
+    options = case.options | ({"return_lse": True} if lse else {})
+    lines.append(f"options = dict({', '.join(f'{name}={_plain(value)}' for name, value in options.items())})")
     return lines
 
 
@@ -89,27 +92,54 @@ def _plain(value: object) -> str:
     return array_literal(value) if isinstance(value, np.ndarray) else repr(value)
 
 
+_CALL = "target(q, kv, context_lens, tables, starts, num_seqs, sinks, **options)"
+
+
+def _got(judgement: Judgement) -> str:
+    """The expression of the wrong number, at `row, head, dim`, or `row, head` of an lse."""
+    return (
+        f"float(np.asarray({_CALL}[1])[row, head])"
+        if judgement.kind == "lse"
+        else f"float(np.asarray({_CALL})[row, head, dim])"
+    )
+
+
+def _nobodys_row(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+    """A row that no sequence owns must be 0, its lse -inf."""
+    v = judgement.verdict
+    assert v is not None
+    lines = [
+        *_head(target, judgement, diagnosis),
+        *_arguments(case, judgement.kind == "lse"),
+        f"row, head, dim = {v.token}, {v.head}, {v.dim}  # past the last sequence's queries",
+        f"got = {_got(judgement)}",
+        f'print(f"expected={v.expected} {{got=}} bound=0: the row belongs to no sequence")',
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
     """Expected, got, bound at the worst element, and the key whose loss or addition gives what was got."""
-    v = judgement.verdict
+    v, lse = judgement.verdict, judgement.kind == "lse"
     assert v is not None
     kv_head = (v.head or 0) // case.group
     k_scale, v_scale = (_scale_at(s, kv_head) for s in (case.k_scale, case.v_scale))
     sink = "-np.inf" if case.softmax_aux is None else f"float(sinks[{v.head}])"
     cap = case.logits_soft_cap
     low = 0 if case.sliding_window is None else f"max(0, position - {case.sliding_window - 1})"
+    total = f"    return float(sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300))"
     lines = [
         *_head(target, judgement, diagnosis),
-        *_arguments(case),
+        *_arguments(case, lse),
         f"row, head, dim, sequence, position = {v.token}, {v.head}, {v.dim}, {v.sequence}, {v.position}",
-        "got = float(np.asarray(target(q, kv, context_lens, tables, starts, num_seqs, sinks, **options))[row, head, dim])",
+        f"got = {_got(judgement)}",
         "",
         f"def attend(keys):  # float64, query head {v.head}, kv head {kv_head}, over these keys of the sequence",
         f"    slots = [kv[tables[sequence, j // {case.page_size}], j % {case.page_size}].astype(float) for j in keys]",
         f"    x = np.array([{case.scale!r} * q[row, head].astype(float) @ s[{2 * kv_head}]{k_scale} for s in slots] + [{sink}])",
         *([f"    x[:-1] = {cap} * np.tanh(x[:-1] / {cap})"] if cap else []),
         "    w = np.exp(x - max(x.max(), -1e30))",
-        f"    return float(sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300))",
+        "    return float(x.max() + np.log(max(w.sum(), 1e-300)))  # the lse" if lse else total,
         "",
         f"seen = set(range({low}, position + 1))",
         f'print(f"expected={{attend(sorted(seen)):.9g}} {{got=:.9g}} bound={v.bound:.3g}")',
@@ -130,13 +160,12 @@ def _scale_at(scale: object, head: int) -> str:
 
 def _two_calls(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
     """The calls that show a failure which is no single wrong number: what happens, then what must."""
-    call = "target(q, kv, context_lens, tables, starts, num_seqs, sinks, **options)"
     lines = [*_head(target, judgement, diagnosis), *_arguments(case), *_CALLS.get(judgement.kind, _PLAIN)]
     if judgement.kind == "accepts":
         name, _, value = judgement.text.split(" ")[0].partition("=")
         lines = [line for line in lines if line not in _PLAIN]
-        lines += [f'print("must raise ValueError naming {name}:")', call.replace("**options", f'**dict(options, {name}=float("{value}"))').join(("print(", ")"))]  # fmt: skip
-    return "\n".join(line.replace("CALL", call) for line in lines) + "\n"
+        lines += [f'print("must raise ValueError naming {name}:")', _CALL.replace("**options", f'**dict(options, {name}=float("{value}"))').join(("print(", ")"))]  # fmt: skip
+    return "\n".join(line.replace("CALL", _CALL) for line in lines) + "\n"
 
 
 _PLAIN = ("print(np.asarray(CALL).astype(float))",)
@@ -171,8 +200,8 @@ def leave(folder: Path, plan: Plan, target: Target, judgement: Judgement, diagno
     """Write `case.npz` and `reproduce.py` of a shrunk failure into a folder; the judgement of the case as written."""
     from fuzz.files import write_atomically
 
-    case = build(plan)
-    if judgement.kind in ("bound", "nan") and judgement.status == "fail":
+    case, target = build(plan), target.asking(plan.shape.lse)
+    if judgement.kind in ("bound", "nan", "lse") and judgement.status == "fail":
         # Numbers say which key was read; NaN only says that one was.
         tame = build(plan, "tame")
         case = tame if judge_case(tame, target).kind == "bound" and judge_case(tame, target).bad else case

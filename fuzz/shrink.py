@@ -36,25 +36,23 @@ def same_symptom(a: Judgement, b: Judgement) -> bool:
     return a.bad and b.bad and (a.kind == b.kind or {a.kind, b.kind} <= _VALUE)
 
 
-def shrink(plan: Plan, target: Target, first: Judgement, seconds: float = SECONDS) -> Shrunk:
-    """The smallest plan near `plan` that fails as `first` did, within a time limit."""
-    search = _Search(plan, target, first, time.monotonic() + seconds)
-    began = time.monotonic()
-    while search.round() and not search.late:
+def shrink(
+    plan: Plan, target: Target, first: Judgement, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic
+) -> Shrunk:
+    """The smallest plan near `plan` that fails as `first` did, within a time limit on a clock."""
+    began = clock()
+    search = _Search(plan, target, first, lambda: clock() - began > seconds)
+    while search.round() and not search.late():
         pass
-    return Shrunk(search.plan, search.judgement, len(search.known), time.monotonic() - began)
+    return Shrunk(search.plan, search.judgement, len(search.known), clock() - began)
 
 
 class _Search:
     """One descent: the best plan so far and every plan tried."""
 
-    def __init__(self, plan: Plan, target: Target, first: Judgement, deadline: float):
-        self.plan, self.target, self.judgement, self.deadline = plan, target, first, deadline
+    def __init__(self, plan: Plan, target: Target, first: Judgement, late: Callable[[], bool]):
+        self.plan, self.target, self.judgement, self.late = plan, target, first, late
         self.known: set[Plan] = {plan}
-
-    @property
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
 
     def round(self) -> bool:
         """Run every pass to its end once; whether anything got smaller."""
@@ -66,7 +64,7 @@ class _Search:
 
     def _first_that_fails(self, propose: Callable[[Plan], Iterable[Plan]]) -> bool:
         for candidate in propose(self.plan):
-            if self.late:
+            if self.late():
                 return False
             if candidate in self.known or size(candidate) >= size(self.plan):
                 continue

@@ -150,7 +150,7 @@ def replay(
     found = _load(target or _target_of(path))
     try:
         if path.suffix == ".npz":
-            judgement = judge_case(Case.load(path), found)
+            judgement = judge_case(Case.load(path), found.asking(True))
         else:
             data = json.loads(path.read_text())
             judgement = judge_plan(Plan.from_json(data.get("plan", data)), found)

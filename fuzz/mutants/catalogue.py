@@ -163,6 +163,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "sink_every_split     the sink enters every split",
         splits=3,
     ),
+    *_group(
+        "lse",
+        "lse_base2            the lse is a logarithm to base 2",
+        "lse_without_sink     the sink is left out of the lse",
+        "lse_without_max      the running maximum is not added back",
+        "lse_dead_rows        rows that nobody owns have lse 0, not -inf",
+    ),
+    *_group("lse", "lse_of_first_split   the first split's lse for the whole row", splits=3, block_k=2),
     *_group("split-KV", "split_last_missing   the last split is not combined", splits=3, block_k=2),
     *_group(
         "sharding",
@@ -220,6 +228,7 @@ def declared(kernel: Any) -> dict[str, Any]:
     return {
         "batch_invariant": True,
         "validates": True,
+        "returns_lse": True,
         "ran": lambda case: kernel.ran,
         "expects": kernel.expects,
     }

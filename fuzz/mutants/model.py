@@ -9,67 +9,14 @@ a real kernel. Steps in order: `load`, `score`, `mask`, `fold`, `combine`, `stor
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-F32 = np.float32
-Bugs = frozenset[str]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How the model runs: tile sizes, splits, and the bugs switched on."""
-
-    block_q: int = 4
-    block_k: int = 8
-    splits: int = 1
-    shards: int = 1
-    bugs: Bugs = frozenset()
-
-
-@dataclass
-class Call:
-    """One call's arrays and options, resolved; what every step reads."""
-
-    queries: np.ndarray  # [T, Hq, D], as stored
-    keys: np.ndarray  # [P, page, Hkv, D], as stored
-    values: np.ndarray  # [P, page, Hkv, D]
-    context_lens: np.ndarray
-    tables: np.ndarray
-    starts: np.ndarray
-    num_seqs: int
-    sinks: np.ndarray | None  # [Hq]
-    scale: float
-    cap: float | None
-    window: int | None
-    dtype: np.dtype  # of the dot operands
-    k_scale: np.ndarray | None  # [Hkv]
-    v_scale: np.ndarray | None
-    launch: Launch
-    # What an accelerator keeps between blocks and tiles: only a bug reads the past out of it.
-    buffer: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def has(self, bug: str) -> bool:
-        return bug in self.launch.bugs
-
-    @property
-    def page(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.keys.shape[2]
-
-    @property
-    def group(self) -> int:
-        return self.queries.shape[1] // self.kv_heads
-
-    def round(self, x: np.ndarray) -> np.ndarray:
-        """To the operand dtype and back; accumulation stays in float32."""
-        return x if self.dtype == F32 else x.astype(self.dtype).astype(F32)
+from fuzz.mutants.call import F32, Call, Launch, per_head, split_pages, validate
+from fuzz.mutants.memory import load_block, load_queries, rounded, sink_rows
 
 
 @dataclass
@@ -84,50 +31,26 @@ class State:
 def attention(launch: Launch, queries: Any, kv_pages: Any, context_lens: Any, block_tables: Any,
               query_start_loc: Any, num_seqs: Any, softmax_aux: Any = None, *, softmax_scale: float | None = None,
               logits_soft_cap: float | None = None, sliding_window: int | None = None, compute_dtype: Any = None,
-              k_scale: Any = None, v_scale: Any = None) -> np.ndarray:  # fmt: skip
-    """The contract's operation by the model kernel; array arguments and options as in the contract."""
+              k_scale: Any = None, v_scale: Any = None, return_lse: bool = False) -> Any:  # fmt: skip
+    """The contract's operation by the model kernel; array arguments, options and answer as in the contract."""
     bugs = launch.bugs
     queries, pages = np.asarray(queries), np.asarray(kv_pages)
     if "accepts_bad" not in bugs:
-        _validate(queries, pages, softmax_scale, logits_soft_cap, sliding_window)
+        validate(queries, pages, softmax_scale, logits_soft_cap, sliding_window)
     scale = queries.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    keys, values = _split_pages(pages, bugs)
+    keys, values = split_pages(pages, bugs)
     call = Call(
         queries, keys, values, np.asarray(context_lens), np.asarray(block_tables), np.asarray(query_start_loc),
         int(np.asarray(num_seqs).reshape(-1)[0]), None if softmax_aux is None else np.asarray(softmax_aux, F32),
         scale, logits_soft_cap, sliding_window, np.dtype(compute_dtype or queries.dtype),
-        _per_head(k_scale, pages), _per_head(v_scale, pages), launch,
+        per_head(k_scale, pages), per_head(v_scale, pages), launch,
     )  # fmt: skip
     with np.errstate(all="ignore"):
-        output = _sharded(call) if launch.shards > 1 else _batch(call)
+        output, lse = _sharded(call) if launch.shards > 1 else _batch(call)
     if call.has("writes_input"):
         _overwrite(queries)
-    return output.astype(queries.dtype)
-
-
-def _validate(queries: np.ndarray, pages: np.ndarray, scale: Any, cap: Any, window: Any) -> None:
-    if queries.ndim != 3 or pages.ndim != 4:
-        raise ValueError(f"queries has {queries.ndim} axes and kv_pages {pages.ndim}: 3 and 4 are expected")
-    if pages.shape[2] % 2 or queries.shape[1] % max(pages.shape[2] // 2, 1):
-        raise ValueError(f"{queries.shape[1]} query heads over {pages.shape[2]} combined heads do not divide")
-    if scale is not None and not np.isfinite(scale):
-        raise ValueError(f"softmax_scale={scale}: it must be finite")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logits_soft_cap={cap}: it must be positive")
-    if window is not None and not window > 0:
-        raise ValueError(f"sliding_window={window}: it must be positive")
-
-
-def _split_pages(pages: np.ndarray, bugs: Bugs) -> tuple[np.ndarray, np.ndarray]:
-    keys, values = pages[:, :, 0::2], pages[:, :, 1::2]
-    if "blocked_layout" in bugs:
-        half = pages.shape[2] // 2
-        keys, values = pages[:, :, :half], pages[:, :, half:]
-    return (values, keys) if "kv_swapped" in bugs else (keys, values)
-
-
-def _per_head(scale: Any, pages: np.ndarray) -> np.ndarray | None:
-    return None if scale is None else np.broadcast_to(np.asarray(scale, F32), (pages.shape[2] // 2,))
+    output = output.astype(queries.dtype)
+    return (output, lse) if return_lse else output
 
 
 def _overwrite(queries: np.ndarray) -> None:
@@ -138,7 +61,7 @@ def _overwrite(queries: np.ndarray) -> None:
 # ---------------------------------------------------------------- batch, shards
 
 
-def _sharded(call: Call) -> np.ndarray:
+def _sharded(call: Call) -> tuple[np.ndarray, np.ndarray]:
     """Heads over shards as `shard_map` splits them, each shard a kernel of its own."""
     shards = call.launch.shards if call.kv_heads % call.launch.shards == 0 else 1
     heads, rows = call.kv_heads // shards, call.queries.shape[1] // shards
@@ -153,12 +76,14 @@ def _sharded(call: Call) -> np.ndarray:
                      call.window, call.dtype, None if call.k_scale is None else call.k_scale[kv],
                      None if call.v_scale is None else call.v_scale[kv], call.launch)  # fmt: skip
         parts.append(_batch(local))
-    output = np.concatenate(parts, axis=1)
-    return output * shards if call.has("double_psum") else output
+    output, lse = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    return (output * shards if call.has("double_psum") else output), lse
 
 
-def _batch(call: Call) -> np.ndarray:
+def _batch(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """[T, Hq, D] and [T, Hq]: every sequence in turn."""
     output = np.zeros(call.queries.shape, F32)
+    lse = np.full(output.shape[:2], 0 if call.has("lse_dead_rows") else -np.inf, F32)
     if call.has("dead_rows_garbage"):
         output[...] = 1
     count = len(call.context_lens) if call.has("num_seqs_ignored") else call.num_seqs
@@ -173,12 +98,12 @@ def _batch(call: Call) -> np.ndarray:
             start = min(start + 1, stop)
         if call.has("num_seqs_ignored"):
             start, stop = (int(np.clip(x, 0, len(output))) for x in (start, stop))
-        _sequence(call, s, start, stop, output)
-    return output
+        _sequence(call, s, start, stop, output, lse)
+    return output, lse
 
 
-def _sequence(call: Call, s: int, start: int, stop: int, output: np.ndarray) -> None:
-    """All query tiles of one sequence."""
+def _sequence(call: Call, s: int, start: int, stop: int, output: np.ndarray, lse: np.ndarray) -> None:
+    """All query tiles of one sequence, stored into output and lse."""
     context = _context_of(call, s)
     if stop <= start:
         if call.has("empty_seq_prefetch"):
@@ -192,7 +117,7 @@ def _sequence(call: Call, s: int, start: int, stop: int, output: np.ndarray) -> 
         begin = max(0, len(output) - tile) if call.has("q_tile_clamped") and first + tile > len(output) else first
         rows = np.arange(first, last) - first + begin  # where a clamped tile reads its rows
         position = context - (stop - start) + np.arange(first - start, last - start)  # [rows]
-        output[first:last] = _tile(call, s, rows, position, context)
+        output[first:last], lse[first:last] = _tile(call, s, rows, position, context)
 
 
 def _context_of(call: Call, s: int) -> int:
@@ -207,10 +132,10 @@ def _context_of(call: Call, s: int) -> int:
 # ---------------------------------------------------------------- one query tile
 
 
-def _tile(call: Call, s: int, rows: np.ndarray, position: np.ndarray, context: int) -> np.ndarray:
-    """[rows, Hq, D]: the split loop, the block loop inside it, and the division at the end."""
+def _tile(call: Call, s: int, rows: np.ndarray, position: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """[rows, Hq, D] and [rows, Hq]: the split loop, the block loop inside it, and the division at the end."""
     low, high = _bounds(call, position, context)
-    q = _load_queries(call, rows)
+    q = load_queries(call, rows)
     width = call.launch.block_k
     first = max(0, int(low.min())) // width if call.window is not None else 0
     blocks = list(range(first, max(first, -(-_last_key(call, high, context) // width))))
@@ -222,8 +147,8 @@ def _tile(call: Call, s: int, rows: np.ndarray, position: np.ndarray, context: i
     ]
     output = _combine(call, partial, len(rows))
     if call.has("sees_none_mean"):
-        return _mean_where_blind(call, s, output, low, high)
-    return output
+        output = _mean_where_blind(call, s, output, low, high)
+    return output, _lse(call, partial, len(rows))
 
 
 def _bounds(call: Call, position: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
@@ -266,35 +191,6 @@ def _last_key(call: Call, high: np.ndarray, context: int) -> int:
     return min(last, call.tables.shape[1] * call.page)
 
 
-def _load_queries(call: Call, rows: np.ndarray) -> np.ndarray:
-    """[Hkv, rows * group, D], scaled and rounded to the operand dtype."""
-    heads, group = call.kv_heads, call.group
-    q = call.queries[rows].astype(F32)
-    head_dim = q.shape[2]
-    if call.has("mod_map"):  # query head h reads kv head h % Hkv
-        q = q.reshape(len(rows), group, heads, head_dim).transpose(0, 2, 1, 3)
-    q = q.reshape(len(rows), heads, group, head_dim).transpose(1, 0, 2, 3).reshape(heads, -1, head_dim)
-    if call.has("head_dim_truncated") and head_dim > 32:
-        q = np.where(np.arange(head_dim) < head_dim // 32 * 32, q, 0)
-    scale = call.scale
-    if call.has("scale_missing"):
-        scale = 1.0
-    if call.has("scale_twice"):
-        scale *= scale
-    if call.has("scale_padded_dim"):
-        scale = (1 << max(0, head_dim - 1).bit_length()) ** -0.5
-    if call.has("log2e_missing"):
-        scale *= 0.6931472
-    if call.has("scale_after_cap") or call.has("cap_before_scale"):
-        scale = 1.0
-    q = call.round(q * F32(scale))
-    return _as(q, ml_dtypes.bfloat16) if call.has("q_bf16") else q
-
-
-def _as(x: np.ndarray, dtype: Any) -> np.ndarray:
-    return x.astype(dtype).astype(F32)
-
-
 def _partition(call: Call, blocks: list[int]) -> list[list[int]]:
     """The blocks of each split; an empty split is legal."""
     splits = call.launch.splits
@@ -315,7 +211,7 @@ def _split(call: Call, s: int, q: np.ndarray, blocks: list[int], low: np.ndarray
     state = _start(call, q, index)
     for step, block in enumerate(reversed(blocks) if call.has("block_order_reversed") else blocks):
         keys = np.arange(block * call.launch.block_k, (block + 1) * call.launch.block_k)  # logical positions
-        k, v = _load_block(call, s, keys, int(low.min()), context, step)
+        k, v = load_block(call, s, keys, int(low.min()), context, step)
         x = _score(call, q, k)
         seen = _mask(call, keys, low, high, position, context, step)
         _fold(call, state, x, v, seen, first=step == 0)
@@ -330,7 +226,7 @@ def _start(call: Call, q: np.ndarray, index: int) -> State:
     state = State(np.full(shape, -np.inf, F32), np.zeros(shape, F32), np.zeros(q.shape, F32))
     if call.has("acc_not_reset") and "acc" in call.buffer and call.buffer["acc"].shape == q.shape:
         state.acc = call.buffer["acc"].copy()
-    sink = _sink_rows(call, rows)
+    sink = sink_rows(call, rows)
     if sink is not None and (index == 0 or call.has("sink_every_split")):
         state.m = sink.copy()
         if not call.has("sink_max_only"):
@@ -338,122 +234,13 @@ def _start(call: Call, q: np.ndarray, index: int) -> State:
     return state
 
 
-def _sink_rows(call: Call, rows: int) -> np.ndarray | None:
-    """[Hkv, rows * group, 1]: each row's own sink logit."""
-    if call.sinks is None or call.has("sink_ignored"):
-        return None
-    if call.has("sink_dropped_if_window") and call.window is not None:
-        return None
-    sinks = call.sinks
-    if call.has("sink_scaled"):
-        sinks = sinks * F32(call.scale)
-    if call.has("sink_capped") and call.cap is not None:
-        sinks = F32(call.cap) * np.tanh(sinks / F32(call.cap))
-    if call.has("sink_head0"):
-        sinks = np.full_like(sinks, sinks[0])
-    if call.has("sink_kvhead"):
-        sinks = np.repeat(sinks[: call.kv_heads], call.group)
-    if call.has("mod_map"):
-        sinks = sinks.reshape(call.group, call.kv_heads).T
-    per_group = sinks.reshape(call.kv_heads, 1, call.group)
-    return np.broadcast_to(per_group, (call.kv_heads, rows // call.group, call.group)).reshape(call.kv_heads, rows, 1)
-
-
-def _load_block(
-    call: Call, s: int, keys: np.ndarray, first: int, context: int, step: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """[Hkv, block_k, D] keys and values; slots outside [first, context) hold zeros, whatever memory holds there."""
-    page, slot = _address(call, s, keys, context)
-    k = call.keys[page, slot].astype(F32).transpose(1, 0, 2)
-    v = call.values[page, slot].astype(F32).transpose(1, 0, 2)
-    if call.has("head0"):
-        k, v = (np.broadcast_to(x[:1], x.shape) for x in (k, v))
-    k, v = _dequantise(call, k, v)
-    inside = ((keys >= first) & (keys < context))[None, :, None]
-    if not (call.has("k_additive_mask") or call.has("klen_missing")):
-        k = np.where(inside, k, 0)
-    if not (call.has("v_not_sanitised") or call.has("klen_missing")):
-        v = np.where(inside | _dereferenced(call, s, keys), v, 0)
-    return _through_buffer(call, call.round(k), call.round(v), step)
-
-
-def _dereferenced(call: Call, s: int, keys: np.ndarray) -> np.ndarray:
-    """The keys past the context that bug `minus_one` reads through a padding entry of the table."""
-    column = np.minimum(keys // call.page, call.tables.shape[1] - 1)
-    return ((call.tables[s, column] < 0) & call.has("minus_one"))[None, :, None]
-
-
-def _address(call: Call, s: int, keys: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Physical page and slot of logical keys; those past the context are read from page 0."""
-    column, slot = keys // call.page, keys % call.page
-    width = call.tables.shape[1]
-    if call.has("slice_clamp") and width >= 4:  # four entries at a time; the last slice starts earlier to fit
-        chunk = column // 4 * 4
-        column = np.minimum(chunk, width - 4) + column - chunk
-    if call.has("col_off"):
-        column = column + 1
-    row = min(s + 1, call.num_seqs - 1) if call.has("row_next") else s
-    if call.has("row0"):
-        row = 0
-    if call.has("table_width_as_seqs"):
-        flat = call.tables.reshape(-1)
-        page = flat[np.minimum(row * max(1, len(call.tables)) + column, flat.size - 1)]
-    else:
-        page = call.tables[row, np.minimum(column, width - 1)]
-    if call.has("identity"):
-        page = s * width + column
-    if call.has("slot_roll"):
-        slot = (slot + 1) % call.page
-    if call.has("page_pow2"):
-        slot = keys & ((1 << (call.page - 1).bit_length()) - 1)
-        slot = np.minimum(slot, call.page - 1)
-    if call.has("int32_offset"):  # the wrap of a 32-bit element offset, at a size that fits a test
-        page = page % max(1, (1 << 10) // call.page)
-    if not (call.has("klen_missing") or call.has("minus_one")):
-        page = np.where(keys < context, page, 0)
-    return np.clip(page, -1 if call.has("minus_one") else 0, len(call.keys) - 1), slot
-
-
-def _dequantise(call: Call, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    k_scale, v_scale = call.k_scale, call.v_scale
-    if call.has("kv_scale_swapped"):
-        k_scale, v_scale = v_scale, k_scale
-    if k_scale is not None and not call.has("k_scale_ignored"):
-        k = k * (k_scale[:1] if call.has("kv_scale_head0") else k_scale)[:, None, None]
-    if v_scale is not None and not call.has("v_scale_ignored"):
-        v = v * (v_scale[:1] if call.has("kv_scale_head0") else v_scale)[:, None, None]
-    return k, v
-
-
-def _through_buffer(call: Call, k: np.ndarray, v: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The double buffer: without a bug what is read is what was just loaded."""
-    old_k, old_v = call.buffer.get("k", np.zeros_like(k)), call.buffer.get("v", np.zeros_like(v))
-    old_k = old_k if old_k.shape == k.shape else np.zeros_like(k)
-    old_v = old_v if old_v.shape == v.shape else np.zeros_like(v)
-    call.buffer["k"], call.buffer["v"] = k, v
-    half = k.shape[1] // 2
-    if call.has("stale_k") and step:
-        return old_k, v
-    if call.has("stale_v") and step:
-        return k, old_v
-    if call.has("wait_removed") and step:  # the copy has not arrived in full
-        return np.concatenate([k[:, :half], old_k[:, half:]], 1), np.concatenate([v[:, :half], old_v[:, half:]], 1)
-    if call.has("wrong_slot") and step % 2:
-        return old_k, old_v
-    if call.has("sem_shared") and step:  # the wait for V was satisfied by the copy of K
-        return k, np.concatenate([v[:, :half], old_v[:, half:]], 1)
-    if call.has("empty_seq_prefetch") and call.buffer.pop("skip", None) is not None:
-        return old_k, old_v
-    return k, v
-
-
 def _score(call: Call, q: np.ndarray, k: np.ndarray) -> np.ndarray:
     """[Hkv, rows * group, block_k]: logits, scaled and capped."""
     x = q @ k.transpose(0, 2, 1)
     if call.has("dot_bf16"):
-        x = _as(x, ml_dtypes.bfloat16)
+        x = rounded(x, ml_dtypes.bfloat16)
     if call.has("dot_f16"):
-        x = _as(x, np.float16)
+        x = rounded(x, np.float16)
     cap = None if call.has("cap_ignored") else call.cap
     if cap is not None:
         x = x if call.has("cap_no_inner") else x / F32(cap)
@@ -493,22 +280,22 @@ def _fold(call: Call, state: State, x: np.ndarray, v: np.ndarray, seen: np.ndarr
     safe = new_m if call.has("inf_minus_inf") else np.where(np.isneginf(new_m), F32(0), new_m)
     p = np.exp(x - safe)
     alpha = np.ones_like(safe) if call.has("no_max") else np.exp(state.m - safe)
-    if call.has("sink_per_block") and (sink := _sink_rows(call, x.shape[1])) is not None and not first:
+    if call.has("sink_per_block") and (sink := sink_rows(call, x.shape[1])) is not None and not first:
         state.l = state.l + np.exp(sink - safe)
     state.l = (state.l if call.has("l_not_rescaled") else state.l * alpha) + p.sum(axis=-1, keepdims=True)
     acc = state.acc if call.has("acc_not_rescaled") else state.acc * alpha
     state.acc = acc + _weights(call, p) @ v
     if call.has("acc_bf16"):
-        state.acc = _as(state.acc, ml_dtypes.bfloat16)
+        state.acc = rounded(state.acc, ml_dtypes.bfloat16)
     state.m = new_m
 
 
 def _weights(call: Call, p: np.ndarray) -> np.ndarray:
     """The weights as the second dot product takes them."""
     if call.has("p_bf16"):
-        return _as(p, ml_dtypes.bfloat16)
+        return rounded(p, ml_dtypes.bfloat16)
     if call.has("p_fp8"):
-        return _as(p, ml_dtypes.float8_e4m3fn)
+        return rounded(p, ml_dtypes.float8_e4m3fn)
     return p if call.has("exact_p") else call.round(p)
 
 
@@ -535,6 +322,18 @@ def _combine(call: Call, parts: list[State], rows: int) -> np.ndarray:
     return _store(call, np.where(l == 0, F32(0), acc / np.where(l == 0, F32(1), l)), rows)
 
 
+def _lse(call: Call, parts: list[State], rows: int) -> np.ndarray:
+    """[rows, Hq]: the logarithm of the softmax's denominator, -inf where there is none."""
+    parts = parts[:1] if call.has("lse_of_first_split") else parts
+    m = np.max([part.m for part in parts], axis=0)
+    safe = np.where(np.isneginf(m), F32(0), m)
+    l = sum(part.l * np.exp(part.m - safe) for part in parts)
+    if call.has("lse_without_sink") and (sink := sink_rows(call, m.shape[1])) is not None:
+        l = np.maximum(l - np.exp(sink - safe), 0)
+    lse = np.log(l) + (0 if call.has("lse_without_max") else safe)
+    return _store(call, lse / F32(0.6931472) if call.has("lse_base2") else lse, rows)[..., 0]
+
+
 def _store(call: Call, output: Any, rows: int) -> np.ndarray:
     heads, group = call.kv_heads, call.group
     output = output.reshape(heads, rows, group, -1)
@@ -551,7 +350,7 @@ def _mean_where_blind(call: Call, s: int, output: np.ndarray, low: np.ndarray, h
     if not blind.any():
         return output
     keys = np.arange(call.launch.block_k)
-    _, v = _load_block(call, s, keys, 0, max(1, int(call.context_lens[s])), 0)
+    _, v = load_block(call, s, keys, 0, max(1, int(call.context_lens[s])), 0)
     mean = np.repeat(v.mean(axis=1), call.group, axis=0)  # [Hq, D]
     output[blind] = mean
     return output
@@ -562,17 +361,17 @@ def launched(launch: Launch) -> Any:
 
     Its attribute `expects` says what was asked for, `ran` what the last call really used.
     """
-    answers: dict[Any, np.ndarray] = {}
+    answers: dict[Any, Any] = {}
     bugs = launch.bugs
 
-    def model(*arrays: Any, **options: Any) -> np.ndarray:
+    def model(*arrays: Any, **options: Any) -> Any:
         used = _used(launch, model.calls, arrays)
         model.calls += 1
         asked = used if "config_dead" in bugs else launch
         model.ran = _describe(asked, "fallback" if "silent_fallback" in bugs else "model")
         output = attention(used, *arrays, **options)
         if "cached_by_shape" in bugs:
-            return answers.setdefault(tuple(np.shape(a) for a in arrays), output)
+            return answers.setdefault((options.get("return_lse"), *(np.shape(a) for a in arrays)), output)
         return output
 
     model.calls = 0  # type: ignore[attr-defined]
@@ -605,7 +404,7 @@ def kernel(
     num_seqs: Any,
     softmax_aux: Any = None,
     **options: Any,
-) -> np.ndarray:
+) -> Any:
     """The right model kernel at its default tile sizes: the target `model`."""
     arrays = (queries, kv_pages, context_lens, block_tables, query_start_loc, num_seqs, softmax_aux)
     return attention(Launch(), *arrays, **options)
@@ -613,3 +412,4 @@ def kernel(
 
 kernel.batch_invariant = True  # type: ignore[attr-defined]
 kernel.validates = True  # type: ignore[attr-defined]
+kernel.returns_lse = True  # type: ignore[attr-defined]
