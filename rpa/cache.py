@@ -21,6 +21,7 @@ from rpa import settings
 from rpa.config import RaggedPageAttentionv2Config
 
 SCHEMA = 1
+_PATIENCE = 20.0  # seconds to wait for another process's write
 Triple = tuple[str, str, str]  # device, operation, key
 
 _overlays: ContextVar[tuple[Any, ...]] = ContextVar("rpa_overlays", default=())
@@ -126,38 +127,27 @@ class PersistentCache:
 
     def get(self, device: str, op: str, key: str) -> Any | None:
         """The stored config, or None; an entry that is no config is a warning and None."""
-        entry = self.entries().get(_joined(device, op, key))
-        if entry is None:
-            return None
-        try:
-            return self._loader(entry["config"])
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            _warn(f"{self.path}: the entry {key!r} is not a usable config and is ignored: {error}")
-            return None
+        entry = self.entries().get("|".join((device, op, key)))
+        return None if entry is None else config_of(entry, f"{self.path}: the entry {key!r}", self._loader)
 
     def put(self, device: str, op: str, key: str, cfg: Any, note: str = "") -> None:
         """Add one config to what other processes have stored meanwhile."""
         entry = {"config": self._dumper(cfg), "note": note, "versions": versions()}
-        self.merge({_joined(device, op, key): entry})
+        self.merge({"|".join((device, op, key)): entry})
 
     def entries(self) -> dict[str, Any]:
         """All entries, `"device|operation|key" -> {"config", "note", "versions"}`; read again when the file changed."""
         path = self.path
         try:
             stat = path.stat()
+            stamp = (path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except OSError:
-            return {}
-        stamp = (path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            stamp = (path,)  # reading it will say why
         if self._read[0] != stamp:
-            self._read = (stamp, self._parse(path))
+            self._read = (stamp, _readable(path))
         return self._read[1]
-
-    def _parse(self, path: Path) -> dict[str, Any]:
-        try:
-            return parse(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            _warn(f"{path}: this store is not usable and counts as empty: {error}")
-            return {}
 
     def merge(self, added: Mapping[str, Any], *, replace: bool = False) -> bool:
         """Write `added` over the file's entries (with `replace`, instead of them); False, with a warning, if not."""
@@ -166,7 +156,7 @@ class PersistentCache:
             from filelock import FileLock
 
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock", timeout=20):  # its Timeout is an OSError
+            with FileLock(f"{path}.lock", timeout=_PATIENCE):  # its Timeout is an OSError
                 entries = {} if replace else _current(path)
                 _write(path, {**entries, **added})
         except (OSError, ValueError, NotImplementedError, ImportError) as error:
@@ -179,18 +169,32 @@ class PersistentCache:
 def _current(path: Path) -> dict[str, Any]:
     """The entries to merge into; a broken file is set aside, one of a later schema is left alone (ValueError)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except UnicodeDecodeError:
-        text = ""
-    try:
-        return parse(text)
     except NewerSchema:
         raise
     except ValueError:
         os.replace(path, f"{path}.bad")
         return {}
+
+
+def _readable(file: Any) -> dict[str, Any]:
+    """The entries of a file, none of one that cannot be used."""
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        _warn(f"{file}: this store is not usable and counts as empty: {error}")
+        return {}
+
+
+def config_of(entry: Any, where: str, loader: Callable[[Any], Any] = RaggedPageAttentionv2Config.from_dict) -> Any:
+    """The config of an entry; None, with a warning, where it holds none."""
+    try:
+        return loader(entry["config"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        _warn(f"{where} is not a usable config and is ignored: {error}")
+        return None
 
 
 class NewerSchema(ValueError):
@@ -243,10 +247,6 @@ def _plain(cfg: Any) -> Any:
     return dataclasses.asdict(cfg) if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type) else cfg
 
 
-def _joined(device: str, op: str, key: str) -> str:
-    return f"{device}|{op}|{key}"
-
-
 def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
@@ -269,4 +269,4 @@ def shipped(kind: str) -> dict[str, Any]:
     """The tuned table that ships for a device kind, `"operation|key without versions" -> entry`; empty if none."""
     name = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
     file = resources.files("rpa").joinpath("tuned", f"{name}.json")
-    return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _readable(file) if file.is_file() else {}

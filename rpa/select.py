@@ -208,8 +208,8 @@ class ConfigSelectorChain:
         entry = table.get(f"{query.op}|{query.stem}") or table.get(f"{query.op}|{query.general}")
         if entry is None:
             return None, f"the tables that ship hold nothing for it on {query.device}"
-        found = RaggedPageAttentionv2Config.from_dict(entry["config"])
-        return self._usable(query, found, f"it ships: {entry['note']}")
+        found = cache.config_of(entry, f"the table that ships for {query.device}: {query.stem!r}")
+        return self._usable(query, found, f"it ships: {entry.get('note', '')}" if found else "")
 
     def _usable(self, query: Query, found: Any, reason: str) -> Lookup:
         if found is None:

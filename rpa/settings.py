@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 POLICY_VARIABLES = ("RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY")
@@ -34,12 +35,14 @@ def autotune_policy() -> str | None:
 
 def cache_dir() -> Path:
     """The folder of the persistent store: `RPA_CACHE_DIR`, else the platform's user cache folder."""
-    chosen = os.environ.get("RPA_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    home = Path.home()
+    get = os.environ.get
+    if chosen := get("RPA_CACHE_DIR"):
+        return Path(os.path.expanduser(chosen))
+    home = Path(os.path.expanduser("~"))
+    if not home.is_absolute():  # a user without a home
+        home = Path(tempfile.gettempdir()) / f"rpa-{getattr(os, 'getuid', int)()}"
     if sys.platform == "darwin":
         return home / "Library" / "Caches" / "rpa"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "rpa" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "rpa"
+        return Path(get("LOCALAPPDATA") or home / "AppData" / "Local") / "rpa" / "Cache"
+    return Path(get("XDG_CACHE_HOME") or home / ".cache") / "rpa"

@@ -201,6 +201,94 @@ def test_without_a_word_the_users_cache_folder_is_taken(tmp_path, monkeypatch):
     assert PersistentCache("op").path.parent == platformdirs.user_cache_path("rpa")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="how a home is found differs by platform; Linux's is checked")
+def test_a_user_without_a_home_has_a_store_among_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPA_CACHE_DIR", "~no such user/store")
+    assert str(PersistentCache("op").path) == "~no such user/store/op.json"
+    for name in ("RPA_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor the user is known
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    PersistentCache("op").put("d", "o", "k", CFG)
+    assert PersistentCache("op").get("d", "o", "k") == CFG
+    assert PersistentCache("op").path.is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["stat", "read_text"])
+def test_a_file_that_nobody_may_look_at_is_one_warning(store, monkeypatch, name):
+    store.put("d", "o", "k", CFG)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    again = _again(store)
+    monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    if name == "stat":
+        monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.warns(RuntimeWarning, match="Permission denied"):
+        assert again.get("d", "o", "k") is None
+    assert again.get("d", "o", "k") is None
+
+
+def test_a_folder_in_the_files_place_is_a_warning_and_a_miss(tmp_path):
+    store = PersistentCache("op", tmp_path)
+    store.path.mkdir()
+    with pytest.warns(RuntimeWarning, match="counts as empty"):
+        assert store.get("d", "o", "k") is None
+    with pytest.warns(RuntimeWarning, match="are not stored"):
+        store.put("d", "o", "k", CFG)
+
+
+def test_a_disk_that_is_full_is_a_warning_and_leaves_the_old_file(store, monkeypatch):
+    store.put("d", "o", "k", CFG)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        store.put("d", "o", "k", OTHER)
+    monkeypatch.undo()
+    assert _again(store).get("d", "o", "k") == CFG
+    assert {path.name for path in store.path.parent.iterdir()} <= {"op.json", "op.json.lock"}
+
+
+_HOLDER = """
+import os, sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.readline()
+os._exit(1)
+"""
+
+
+def test_a_lock_is_waited_for_while_its_holder_lives_and_not_after(store, monkeypatch):
+    command = [sys.executable, "-c", _HOLDER, f"{store.path}.lock"]
+    holder = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    monkeypatch.setattr(stores, "_PATIENCE", 0.1)
+    with pytest.warns(RuntimeWarning, match="are not stored"):
+        store.put("d", "o", "k", CFG)
+    holder.communicate("\n", timeout=60)  # it dies with the lock in its hands
+    assert Path(f"{store.path}.lock").exists()
+    store.put("d", "o", "k", CFG)
+    assert store.get("d", "o", "k") == CFG
+
+
+def test_a_damaged_table_that_ships_is_a_warning_and_a_miss(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores.resources, "files", lambda package: tmp_path)
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "some_chip.json").write_text('{"schema": 1, "entr')
+    stores.shipped.cache_clear()
+    with pytest.warns(RuntimeWarning, match="counts as empty"):
+        assert stores.shipped("Some Chip") == {}
+    stores.shipped.cache_clear()
+
+
 def test_a_folder_as_path_holds_the_file(tmp_path):
     assert PersistentCache("op", tmp_path).path == tmp_path / "op.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,7 +138,7 @@ def _tune_cells(end: float, only: str, platform: str, iters: int, workers: int, 
 
 # ------------------------------------------------------------------ cache
 
-cache = typer.Typer(help="The store of tuned configs: show, clear, export, import.", no_args_is_help=True)
+cache = typer.Typer(no_args_is_help=True)
 _File = Annotated[Path, typer.Argument(help="A store's JSON.")]
 
 
@@ -145,6 +146,14 @@ def _store() -> Any:
     from rpa.select import default_chain
 
     return default_chain().persistent
+
+
+@cache.callback()
+def _tell_plainly(context: typer.Context) -> None:
+    """The store of tuned configs: show, clear, export, import."""
+    context.with_resource(warnings.catch_warnings())  # what the store warns of, without the place in the source
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
 
 @cache.command()

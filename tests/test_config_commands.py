@@ -1,0 +1,131 @@
+"""`rpa explain`, `rpa tune` and `rpa cache` as a newcomer types them: empty state, wrong input, a round trip."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fuzz.commands import config
+from rpa import PersistentCache, RaggedPageAttentionv2Config
+from rpa.select import STORE
+
+app = typer.Typer()
+app.command("explain")(config.explain)
+app.command("tune")(config.tune)
+app.add_typer(config.cache, name="cache")
+CFG = RaggedPageAttentionv2Config(num_warps=4, platform="triton")
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    monkeypatch.setenv("RPA_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.delenv("RPA_AUTOTUNE_POLICY", raising=False)
+    monkeypatch.delenv("EJKERNEL_AUTOTUNE_POLICY", raising=False)
+
+
+def _rpa(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def test_an_empty_store_is_shown_cleared_and_exported_without_being_made(tmp_path):
+    for words, told in ((("show",), "0 configs"), (("clear",), "0 configs forgotten")):
+        code, text = _rpa("cache", *words)
+        assert (code, told in text) == (0, True), text
+    assert _rpa("cache", "export", tmp_path / "out.json")[0] == 0
+    assert not (tmp_path / "store").exists()
+    assert json.loads((tmp_path / "out.json").read_text())["entries"] == {}
+
+
+def test_what_is_exported_can_be_imported_elsewhere(tmp_path, monkeypatch):
+    PersistentCache(STORE).put("H200", "op@0", "tokens<=8", CFG, note="measured")
+    code, text = _rpa("cache", "show")
+    assert code == 0
+    for part in ("1 configs", "H200|op@0|tokens<=8", "num_warps", "measured"):
+        assert part in text
+    assert _rpa("cache", "export", tmp_path / "out.json")[0] == 0
+    assert _rpa("cache", "clear")[0] == 0
+    assert PersistentCache(STORE).get("H200", "op@0", "tokens<=8") is None
+    monkeypatch.setenv("RPA_CACHE_DIR", str(tmp_path / "elsewhere"))
+    code, text = _rpa("cache", "import", tmp_path / "out.json")
+    assert (code, "1 configs in" in text) == (0, True)
+    assert PersistentCache(STORE).get("H200", "op@0", "tokens<=8") == CFG
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "not JSON"),
+        ("[]", "no store of rpa"),
+        (b"\xff\xfe", "codec"),
+        ('{"schema": 9, "entries": {}}', "schema 9"),
+        ('{"schema": 1, "entries": {"a": {}}}', "'a' is no entry of a store"),
+        ('{"schema": 1, "entries": {"a|b|c": 3}}', "no entry of a store"),
+        ('{"schema": 1, "entries": {"a|b|c": {"config": {"num_wraps": 1}}}}', "'num_wraps' is unknown"),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_store_is_refused_and_changes_nothing(content, told, tmp_path):
+    file = tmp_path / "in.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, text = _rpa("cache", "import", file)
+    assert (code, told in text) == (2, True), text
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_cannot_be_written_is_said_without_a_traceback(tmp_path):
+    (tmp_path / "store").write_text("a file where the folder should be")
+    (tmp_path / "in.json").write_text('{"schema": 1, "entries": {"a|b|c": {"config": {}}}}')
+    code, text = _rpa("cache", "import", tmp_path / "in.json")
+    assert (code, "warning: " in text, "Traceback" in text) == (2, True, False), text
+    assert _rpa("cache", "export", tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("explain", "--model", "nosuch"), "no model is called 'nosuch'"),
+        (("explain", "--layer", "nosuch"), "has no layer 'nosuch'"),
+        (("explain", "--platform", "fpga"), "platform='fpga'"),
+        (("explain", "--tokens", "0"), "greater than or equal to 1"),
+        (("tune", "--budget", "soon"), "90, 90s, 10m or 2h is expected"),
+        (("tune", "--budget", "0", "--only", "tiny.full/b4x1k"), "nothing was tuned"),
+        (("tune", "--only", "nosuch"), "no cell has such a name"),
+        (("tune", "--platform", "fpga"), "platform='fpga'"),
+        (("tune", "--table", "/nosuch/table.json"), "a file in an existing folder is expected"),
+        (("tune", "--workers", "0"), "greater than or equal to 1"),
+        (("cache", "nosuch"), "nosuch"),
+    ],
+)
+def test_wrong_input_is_told_with_exit_code_2(words, told):
+    code, text = _rpa(*words)
+    assert (code, told in text, "Traceback" in text) == (2, True, False), text
+
+
+def test_explain_needs_no_device_memory_for_a_large_model():
+    code, text = _rpa("explain", "--model", "llama3-8b", "--context", "131072", "--seqs", "256", "--tokens", "256")
+    assert code == 0
+    for part in ("backend", "source", "reason", "stages", "pallas_tpu"):
+        assert part in text
+
+
+def test_an_interrupted_tuning_run_ends_at_once_and_leaves_the_store_whole(tmp_path):
+    environment = {**os.environ, "RPA_CACHE_DIR": str(tmp_path / "store")}
+    command = [sys.executable, "-m", "fuzz.cli", "tune", "--only", "llama3-8b", "--budget", "10m"]
+    process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors, errors + out
+    PersistentCache(STORE, tmp_path / "store").entries()  # a broken file would be a warning, and so an error
