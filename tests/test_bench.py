@@ -159,6 +159,11 @@ def test_slower_past_threshold_and_noise(seconds, spread, told):
     assert comparison.failed is told
 
 
+def test_slower_peer_is_no_regression_of_ours():
+    before, after = (made(result(), result(s, backend="peer:somebody")) for s in (1.0, 2.0))
+    assert not record.compare(before, after).failed
+
+
 def test_cell_that_lost_its_number_fails():
     assert record.compare(made(result()), made(result(None))).failed
 

@@ -16,7 +16,8 @@ from fuzz.bench.record import Comparison, Record
 from fuzz.bench.run import Result
 
 INK, MUTED, GRID = "#1f2430", "#7a8194", "#e6e8ee"
-PALETTE = ("#2f6fde", "#e0762f", "#2a9d76", "#b1479e", "#8a6d3b", "#c8384b", "#5b6ee1", "#607080")
+PALETTE = ("#2f6fde", "#e0762f", "#2a9d76", "#b1479e", "#8a6d3b", "#c8384b", "#17a2b8", "#607080", "#9b59d0", "#d4a017",
+           "#1b3a6b", "#7cb342")  # fmt: skip
 MARKERS = {"decode": "o", "prefill": "s", "chunk": "D", "mixed": "^"}
 
 
@@ -66,8 +67,16 @@ def _colours(record: Record) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
+def _styles(record: Record) -> dict[str, dict[str, Any]]:
+    """A mark for each contender: ours filled, peers as rings."""
+    return {
+        name: {"color": colour, "ms": 5.5, "mew": 1.4, "mfc": "none" if name.startswith("peer:") else colour}
+        for name, colour in _colours(record).items()
+    }
+
+
 def _roofline(record: Record) -> str:
-    colours, limits = _colours(record), record.ceilings
+    styles, limits = _styles(record), record.ceilings
 
     def draw(axes) -> None:
         intensity = np.geomspace(0.2, 1e4, 200)
@@ -76,18 +85,9 @@ def _roofline(record: Record) -> str:
             axes.loglog(intensity, roof, style, color=INK, lw=1.2, label=f"ceiling {dtype}")
         for r in record.passed:
             mark = MARKERS.get(r.tags.get("kind", ""), "x")
-            axes.loglog(
-                r.flops / r.bytes,
-                r.flops / r.time,
-                mark,
-                color=colours[r.backend],
-                ms=5,
-                alpha=0.8,
-                mec="white",
-                mew=0.5,
-            )
-        for name, colour in colours.items():
-            axes.plot([], [], "o", color=colour, label=name)
+            axes.loglog(r.flops / r.bytes, r.flops / r.time, mark, **styles[r.backend])
+        for name, style in styles.items():
+            axes.plot([], [], "o", label=name, **style)
         for kind, mark in MARKERS.items():
             axes.plot([], [], mark, color=MUTED, label=kind)
         axes.set_xlabel("operations per byte that must move")
@@ -106,24 +106,22 @@ def _best_peers(record: Record) -> dict[str, Result]:
 
 
 def _ratios(record: Record) -> str:
-    best, colours = _best_peers(record), _colours(record)
+    best, styles = _best_peers(record), _styles(record)
     ours = [r for r in record.passed if not r.backend.startswith("peer:") and r.cell in best]
     cells = list(dict.fromkeys(r.cell for r in ours))
 
     def draw(axes) -> None:
         for r in ours:
             ratio, y = r.time / best[r.cell].time, cells.index(r.cell)
-            axes.plot([1, ratio], [y, y], color=colours[r.backend], lw=1, alpha=0.5)
-            axes.plot(ratio, y, "o", color=colours[r.backend], ms=5)
+            axes.plot([1, ratio], [y, y], color=styles[r.backend]["color"], lw=1, alpha=0.5)
+            axes.plot(ratio, y, "o", **styles[r.backend])
         axes.axvline(1, color=INK, lw=1)
         axes.set_xscale("log")
-        axes.set_yticks(
-            range(len(cells)), [f"{c}  ({best[c].backend.removeprefix('peer:')})" for c in cells], fontsize=7
-        )
-        axes.invert_yaxis()
+        _name_rows(axes, [f"{c}  ({best[c].backend.removeprefix('peer:')})" for c in cells])
+        _legend(axes, {name: style for name, style in styles.items() if not name.startswith("peer:")})
         axes.set_xlabel("our time / best peer's time")
 
-    return _svg(draw, height=1.2 + 0.19 * len(cells))
+    return _svg(draw, height=1.6 + 0.19 * len(cells))
 
 
 def _growth(record: Record) -> str:
@@ -154,22 +152,31 @@ def _growth(record: Record) -> str:
 
 
 def _fractions(record: Record) -> str:
-    colours = _colours(record)
+    styles = _styles(record)
     cells = list(dict.fromkeys(r.cell for r in record.passed if not r.tags.get("families")))
 
     def draw(axes) -> None:
-        names = list(colours)
-        width = 0.8 / max(1, len(names))
         for r in record.passed:
             if r.cell in cells:
-                place = cells.index(r.cell) + (names.index(r.backend) - (len(names) - 1) / 2) * width
-                axes.barh(place, 100 * (r.fraction or 0), width, color=colours[r.backend])
-        axes.set_yticks(range(len(cells)), cells, fontsize=7)
-        axes.invert_yaxis()
+                axes.plot(100 * (r.fraction or 0), cells.index(r.cell), "o", **styles[r.backend])
+        _name_rows(axes, cells)
+        _legend(axes, styles)
         axes.set_xlabel("% of this machine's ceiling")
         axes.set_xlim(0, 100)
 
-    return _svg(draw, height=1.2 + (0.14 + 0.1 * len(colours)) * len(cells))
+    return _svg(draw, height=1.8 + 0.19 * len(cells))
+
+
+def _name_rows(axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _legend(axes, styles: dict[str, dict[str, Any]]) -> None:
+    """Above the plot, where it hides nothing."""
+    for name, style in styles.items():
+        axes.plot([], [], "o", label=name, **style)
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
 def _history(records: list[Record]) -> str:
@@ -212,7 +219,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 0
 section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; margin: 1.2rem 0; overflow-x: auto }
 svg { width: 100%; height: auto } table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
 th { text-align: left; color: var(--muted); font-weight: 500 } td, th { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
-td.n, th.n { text-align: right } .bad { color: var(--bad) } .good { color: var(--good) } code { font-size: 12px }
+td.n, th.n { text-align: right } td.why { white-space: normal } .bad { color: var(--bad) } .good { color: var(--good) } code { font-size: 12px }
 .facts { display: flex; flex-wrap: wrap; gap: .6rem 2rem } .facts b { display: block; font-size: 1.2rem }
 </style></head><body>
 <h1>Ragged paged attention, benchmarked</h1>
@@ -229,7 +236,7 @@ td.n, th.n { text-align: right } .bad { color: var(--bad) } .good { color: var(-
 {% for title, text, svg in plots %}<section><h2>{{ title }}</h2><p>{{ text }}</p>{{ svg|safe }}</section>
 {% endfor %}
 {% if denied %}<section><h2>No number</h2><p>A cell that the oracle does not pass is not timed.</p>
-<table><tr><th>cell<th>backend<th>why</tr>{% for r in denied %}<tr><td><code>{{ r.cell }}</code><td>{{ r.backend }}<td class="{{ 'bad' if r.status in ('fail', 'error', 'suspect') }}">{{ r.status }}: {{ r.reason }}</tr>{% endfor %}</table></section>{% endif %}
+<table><tr><th>cell<th>backend<th>why</tr>{% for r in denied %}<tr><td><code>{{ r.cell }}</code><td>{{ r.backend }}<td class="why {{ 'bad' if r.status in ('fail', 'error', 'suspect') }}">{{ r.status }}: {{ r.reason }}</tr>{% endfor %}</table></section>{% endif %}
 <section><h2>Every number</h2><p>Time is the least of the samples (on a GPU, the sum of a call's kernels); ± is the noise of one run; host is what a warm call costs its caller.</p>
 <table><tr><th>cell<th>backend<th class="n">ms<th class="n">±<th class="n">of ceiling<th class="n">GB/s<th class="n">GFLOP/s<th class="n">error / bound<th class="n">temporaries, MiB<th class="n">compile, s<th class="n">host, µs<th class="n">launches</tr>
 {% for r in record.passed %}<tr><td><code>{{ r.cell }}</code><td>{{ r.backend }}<td class="n">{{ ms(r.seconds) }}<td class="n">{{ "%.0f"|format(100 * r.spread) }} %<td class="n">{{ "%.0f"|format(100 * (r.fraction or 0)) }} %<td class="n">{{ "%.1f"|format(r.bytes / r.seconds / 1e9) }}<td class="n">{{ "%.0f"|format(r.flops / r.seconds / 1e9) }}<td class="n">{{ "%.2f"|format(r.ratio) }}<td class="n">{{ "" if r.temp_bytes is none else "%.1f"|format(r.temp_bytes / 1048576) }}<td class="n">{{ "%.1f"|format(r.compile_seconds or 0) }}<td class="n">{{ "" if r.host_seconds is none else "%.0f"|format(r.host_seconds * 1e6) }}<td class="n">{{ "" if r.launches is none else r.launches }}</tr>

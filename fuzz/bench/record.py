@@ -162,7 +162,8 @@ def compare(before: Record, after: Record) -> Comparison:
     if before.ceilings.device != after.ceilings.device:
         raise RecordError(f"records of two devices: {before.ceilings.device} and {after.ceilings.device}")
     old = {(r.cell, r.backend): r for r in before.passed}
-    both = [(old[r.cell, r.backend], r) for r in after.results if (r.cell, r.backend) in old]
+    ours = [r for r in after.results if not r.backend.startswith("peer:")]  # a peer's slowdown is not our regression
+    both = [(old[r.cell, r.backend], r) for r in ours if (r.cell, r.backend) in old]
     if not both:
         raise RecordError("no cell has a number in both records")
     changes = [Change(b.cell, b.backend, b.seconds, a.seconds, (b.spread or 0) + (a.spread or 0))
