@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import time
+from typing import Any
 
 import numpy as np
 import pytest
