@@ -314,7 +314,10 @@ def taking(positional: str, keyword: str = "", **defaults: Any) -> Callable[[Cal
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(body)
         def function(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{body.__name__}() {error}") from None
             bound.apply_defaults()
             return body(**bound.arguments)
 

@@ -17,7 +17,7 @@ from rpa.validate import is_traced
 
 
 @dataclass(frozen=True)
-class Invocation:
+class Invocation[Config, Output]:
     """One call of a kernel: its arguments, and how it is to be run."""
 
     op_id: str
@@ -56,7 +56,7 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-class Kernel:
+class Kernel[Config, Output]:
     """An operation with configs: subclasses give `run` and `heuristic_cfg`, and may give more.
 
     `candidate_cfgs`, `run` and `heuristic_cfg` may have a variant for a chip, `candidate_cfgs_gpu` and so on, which
@@ -124,7 +124,7 @@ class Kernel:
         )
 
 
-class Executor:
+class Executor[Config, Output]:
     """Selects a config for a kernel's call and runs it.
 
     Args:

@@ -86,11 +86,15 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
     for name, dims in split.items():
         for dim, (axes, may) in enumerate(zip(dims, allowed[name], strict=True)):
             if axes not in ((), may):
-                raise ValueError(_no_split(name, dim, axes, heads, sequences))
+                raise ValueError(_no_split(name, dim, axes))
+    used = (*heads, *sequences, *pages)
+    twice = next((axis for axis in used if used.count(axis) > 1), None)
+    if twice is not None:
+        raise ValueError(f"in_specs: mesh axis {twice!r} splits two dimensions, and an axis can split one")
     return Layout(heads, sequences, pages)
 
 
-def _no_split(name: str, dim: int, axes: Axes, heads: Axes, sequences: Axes) -> str:
+def _no_split(name: str, dim: int, axes: Axes) -> str:
     can = (
         "an axis may split the heads of queries (kv_pages and softmax_aux alike), the sequences of context_lens "
         "(block_tables alike) or the pages of kv_pages"

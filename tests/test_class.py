@@ -89,6 +89,34 @@ def test_run_takes_lse_and_works_inside_jit():
     assert lse.shape == (6, 4)
 
 
+def test_the_seeds_orders_of_arguments_are_taken_by_position():
+    call, kernel = small_call.arguments(), RaggedPageAttentionv2()
+    arrays, sinks = list(call.values()), jnp.ones(4)
+    by_name = kernel.run(**call, softmax_scale=0.3, logits_soft_cap=5.0, sliding_window=3, softmax_aux=sinks, cfg=CFG)
+    options = (0.3, 5.0, jnp.bfloat16, False, 3, sinks, None, None)
+    assert np.array_equal(kernel.run(*arrays, "xla", *options, cfg=CFG), by_name)
+    mesh, specs = Mesh(np.array(jax.devices()[:1]), ("tp",)), (*_HEADS, PartitionSpec("tp"))
+    out = PartitionSpec(None, "tp", None)
+    fn, seven = kernel.create_shard_map_wrapper(*arrays, *options, "xla", CFG, mesh, specs, out, False)
+    assert np.array_equal(fn(*seven), by_name)
+    for wrong, text in (
+        ({}, "run\\(\\) missing a required argument: 'cfg'"),
+        ({"cfg": CFG, "queries": arrays[0]}, "multiple values for argument 'queries'"),
+        ({"cfg": CFG, "window": 3}, "unexpected keyword argument 'window'"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            kernel.run(*arrays, **wrong)
+
+
+def test_the_seeds_generic_names_can_be_subscripted():
+    class Mine(Kernel[RaggedPageAttentionv2Config, jax.Array]):
+        op_id = "mine"
+
+    assert Mine().op_id == "mine"
+    assert Executor[RaggedPageAttentionv2Config, jax.Array]().chooser is not None
+    assert Invocation[RaggedPageAttentionv2Config, jax.Array]("mine").args == ()
+
+
 def test_the_platform_argument_wins_over_the_configs():
     with pytest.raises(ValueError, match="platform='cuda' has no kernel"):
         RaggedPageAttentionv2().run(**small_call.arguments(), platform="cuda", cfg=CFG)

@@ -197,6 +197,8 @@ def test_specs_say_what_the_axes_split(specs, layout):
         ((*HEADS, P("dp")), ValueError, "softmax_aux is split in dimension 0"),
         ((P(None, "model"), *HEADS[1:]), ValueError, "queries names axis 'model'; the mesh has dp, tp"),
         ((P(None, None, None, "tp"), *HEADS[1:]), ValueError, "at most 3 entries"),
+        ((HEADS[0], P("tp", None, "tp"), *HEADS[2:]), ValueError, "mesh axis 'tp' splits two dimensions"),
+        ((P(None, ("tp", "tp")), P(), *HEADS[2:]), ValueError, "mesh axis 'tp' splits two dimensions"),
         (("tp", *HEADS[1:]), TypeError, "queries has 'tp': a PartitionSpec or None"),
     ],
 )
