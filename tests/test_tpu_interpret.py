@@ -6,6 +6,7 @@ The interpreter sees no size limit, tile rule or matrix unit: `test_tpu_aot.py` 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from oracle import judge
 from oracle.poison import large_fill, nan_fill
 from rpa import ragged_page_attention_v2
 from rpa.backends import pallas_tpu
-from rpa.backends.pallas_tpu import operands, transfers
+from rpa.backends.pallas_tpu import chips, operands, transfers
 
 # One program runs them all, so they are the fast share: ragged layouts in both modes, with the race detector.
 FAST = (
@@ -35,7 +36,6 @@ BOTH_MODES = (
     "bf16_everything",
     "fp8_e4m3",
     "group_16",
-    "long_chunk",
 )
 
 
@@ -193,6 +193,30 @@ def test_bad_block_sizes_are_refused():
 def test_a_limit_that_nothing_fits_is_named():
     with pytest.raises(ValueError, match=r"vmem_limit_bytes is 0\.1 MiB"):
         tpu.run(build(*MIXED).replace(), vmem_limit_bytes=100_000)
+
+
+def test_blocks_that_no_limit_holds_are_named():
+    """An explicit config is not shrunk: it fits or is refused."""
+    case = build(*MIXED)
+    cfg = tpu.config_of(case, num_queries_per_block=1 << 14)
+    with pytest.raises(ValueError, match=r"16384 query rows.* MiB of VMEM, and what v6e can spare is"):
+        tpu.run(case, cfg=cfg)
+
+
+@pytest.mark.parametrize("kind", sorted(set(chips.CHIPS)))
+def test_every_shape_that_is_promised_has_blocks_that_fit(kind):
+    """Head sizes, heads, groups and pages of bf16 and fp8 caches; what a v4 cannot hold is refused by name."""
+    device = dataclasses.replace(tpu.DEVICE, kind=kind, interpreted=False)
+    usual = tpu.signature_of(build(*MIXED, dtype="bfloat16", compute_dtype="bfloat16"))
+    sizes = itertools.product((64, 80, 96, 128, 192, 256), (1, 2, 3, 4, 5, 8, 16), (1, 3, 8, 16), (1, 16, 48, 256))
+    for head_dim, heads, group, page in sizes:
+        for kv_dtype in ("bfloat16", "float8_e4m3fn"):
+            static = dataclasses.replace(
+                usual, head_dim=head_dim, num_kv_heads=heads, num_q_heads=heads * group, page_size=page,
+                pages_per_seq=4096 // page, num_tokens=512, kv_dtype=kv_dtype,
+            )  # fmt: skip
+            reason = pallas_tpu.BACKEND.supports(static, device)
+            assert reason is None or (kind == "TPU v4" and "what v4 can spare is 14.4 MiB" in reason), reason
 
 
 @pytest.mark.parametrize("kind", ["TPU v2", "TPU v3"])

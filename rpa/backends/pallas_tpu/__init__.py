@@ -3,9 +3,11 @@
 Read `plan` (what is compiled), `tiles` (the work list), `transfers` (what moves, and who asks), `kernel` (the loops),
 `operands` (what the dots get), `call` (arrays in and out) and `chips` (block sizes, and what does not fit).
 
-Two things cost a copy of the cache a call, in XLA and not here: float16 pages, which a TPU cannot load and which travel
-as int16; and a head size that is no multiple of 128 in JAX's default layout, which puts the pages innermost. A cache
-kept row-major (`jax.experimental.layout.Format(Layout((0, 1, 2, 3)), sharding)`) is read where it lies.
+Two things cost a copy of the whole cache a call, made by XLA and not here, and that many bytes more of HBM:
+float16 pages, which a TPU cannot load and which travel as int16 (read and written once: 4 * P * page * 2 * Hkv * D
+bytes); and a head size that is no multiple of 128 in JAX's default layout, which puts the pages innermost (as much,
+and the copy's rows are padded to 128 lanes). A cache kept row-major is read where it lies, lanes padded:
+`jax.experimental.layout.Format(Layout((0, 1, 2, 3)), sharding)`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
     device = devices.current(inputs.queries)
     plan = chips.plan_of(signature, device, config)
-    return call.attend(inputs, signature, plan, chips.vmem_limit(signature, device))
+    return call.attend(inputs, signature, plan, chips.vmem_granted(signature, device, plan))
 
 
 def supports(signature: Signature, device: Device) -> str | None:

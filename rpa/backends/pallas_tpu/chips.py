@@ -41,8 +41,9 @@ TOO_OLD = ("TPU v2", "TPU v3", "TPU v4 lite")
 UNKNOWN = Chip("an unknown TPU", 16 * MIB, 1.0e12, 1.5e9, 1)
 # From asking for a page to its last byte, assumed; buffers must cover it at full bandwidth.
 LATENCY = 1.5e-6
-# What the kernel may take when the caller sets no limit; the rest is XLA's, to prefetch weights into.
-VMEM_SHARE = 0.5
+# What the kernel takes when the caller sets no limit, the rest being XLA's, to prefetch weights into; and what it may
+# take where its smallest blocks need more.
+VMEM_SHARE, VMEM_MOST = 0.5, 0.9
 # SMEM is 1 MiB on every chip listed; the work list may take half.
 SMEM_BYTES = MIB // 2
 # An interpreter pays for every store it plays, a compiled program does not.
@@ -54,9 +55,34 @@ def of(device: Device) -> Chip:
     return CHIPS.get(device.kind, UNKNOWN)
 
 
-def vmem_limit(signature: Signature, device: Device) -> int:
+def vmem_limit(signature: Signature, device: Device, share: float = VMEM_SHARE) -> int:
     """Bytes of VMEM the kernel may use: the caller's limit, or a share of the chip's."""
-    return signature.vmem_limit_bytes or int(of(device).vmem * VMEM_SHARE)
+    return signature.vmem_limit_bytes or int(of(device).vmem * share)
+
+
+def vmem_granted(signature: Signature, device: Device, plan: Plan) -> int:
+    """The limit that the compiler is given: the usual one, raised for a plan that needs more.
+
+    Raises:
+        ValueError: the plan of an explicit config needs more than there is.
+    """
+    reason = too_large(signature, device, plan)
+    if reason:
+        raise ValueError(reason)
+    return max(vmem_limit(signature, device), plan.vmem_bytes)
+
+
+def too_large(signature: Signature, device: Device, plan: Plan) -> str | None:
+    """Why a plan does not fit into VMEM, or None."""
+    limit = vmem_limit(signature, device, VMEM_MOST)
+    if plan.vmem_bytes <= limit:
+        return None
+    source = "vmem_limit_bytes" if signature.vmem_limit_bytes else f"what {of(device).name} can spare"
+    return (
+        f"a block of {plan.block_pages} pages of {plan.page} tokens with {plan.block_q} query rows, "
+        f"{plan.q_heads} query and {plan.heads} kv heads of size {plan.head_dim} needs about "
+        f"{plan.vmem_bytes / MIB:.1f} MiB of VMEM, and {source} is {limit / MIB:.1f} MiB"
+    )
 
 
 def token_bytes(signature: Signature) -> int:
@@ -94,10 +120,14 @@ def buffers(signature: Signature, device: Device, block_pages: int) -> int:
 
 
 def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Config:
-    """The block sizes for a call; shrunk until the plan fits: buffers first, then keys, then query rows."""
+    """The block sizes for a call; shrunk until the plan fits: buffers first, then keys, then query rows.
+
+    What is shrunk last (a third buffer, blocks of fewer than 128 keys) costs more than VMEM that XLA could have used.
+    """
     wanted = max(1, min(block_tokens(signature, device) // signature.page_size, signature.pages_per_seq))
     pages, rows = power_of_two_below(wanted), block_queries(signature, device)
     count = 3 if device.interpreted else buffers(signature, device, pages)
+    usual, most = vmem_limit(signature, device), vmem_limit(signature, device, VMEM_MOST)
     while True:
         config = RaggedPageAttentionv2Config(
             num_kv_pages_per_block=pages,
@@ -106,7 +136,8 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
             platform="pallas",
             backend="tpu",
         )
-        if plan_of(signature, device, config).vmem_bytes <= vmem_limit(signature, device):
+        needed = plan_of(signature, device, config).vmem_bytes
+        if needed <= usual:
             return config
         if count > 3:
             count -= 1
@@ -114,6 +145,8 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
             pages //= 2
         elif rows > 16:
             rows = max(16, rows // 2 // 16 * 16)
+        elif needed <= most:
+            return config
         elif count > 2:
             count -= 1
         elif pages > 1:
@@ -156,15 +189,10 @@ def refusal(signature: Signature, device: Device) -> str | None:
     """Why this chip cannot take the call, or None."""
     if device.kind in TOO_OLD:
         return f"{device.kind} has no room for it: the work list needs SMEM that starts with TPU v4"
-    plan = plan_of(signature, device, heuristic(signature, device))
-    limit = vmem_limit(signature, device)
-    if plan.vmem_bytes > limit:
-        source = "vmem_limit_bytes" if signature.vmem_limit_bytes else f"half the VMEM of {of(device).name}"
-        return (
-            f"the smallest block of {plan.block_pages} pages of {plan.page} tokens with {plan.block_q} query rows, "
-            f"{plan.q_heads} query and {plan.heads} kv heads of size {plan.head_dim} needs about "
-            f"{plan.vmem_bytes / MIB:.1f} MiB of VMEM, and {source} is {limit / MIB:.1f} MiB"
-        )
+    plan = plan_of(signature, device, heuristic(signature, device))  # the smallest blocks, where little fits
+    reason = too_large(signature, device, plan)
+    if reason:
+        return reason
     tiles = plans.list_size(signature, plan)
     if tiles * 32 > SMEM_BYTES:
         return (
