@@ -39,14 +39,18 @@ def show(
     seed: int,
     cases: int,
     only: str | None,
-    sources: bool,
+    sources: str | None,
     usual: bool,
     alarms: int,
     out: Path | None,
 ) -> int:
     """Run the matrix under a progress bar, print it, and give the exit status."""
     chosen = _chosen(only)
-    patches = list(patched.found().values()) if sources else []
+    try:
+        patches = patched.chosen(sources)
+    except patched.PatchError as error:
+        console.print(f"[red]{error}[/red]")
+        return 2
     if not chosen and not patches:
         console.print(f"[red]no mutant matches {only!r}[/red]")
         return 2

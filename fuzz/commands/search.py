@@ -179,7 +179,12 @@ def mutants(
     cases: Annotated[int, typer.Option(min=1, help="most cases a mutant")] = 300,
     only: Annotated[str | None, typer.Option(help="regular expression on ids or groups")] = None,
     listed: Annotated[bool, typer.Option("--list", help="only list the catalogue")] = False,
-    sources: Annotated[bool, typer.Option("--patches", help="also the source patches of the real kernels")] = False,
+    sources: Annotated[
+        str | None,
+        typer.Option(
+            "--patches", help="also source patches of our kernels: few, all, xla, triton, …, or part of an id"
+        ),
+    ] = None,
     usual: Annotated[bool, typer.Option(help="also what the usual judges kill")] = True,
     alarms: Annotated[int, typer.Option(min=0, help="cases of the right kernel that must raise no alarm")] = 2000,
     out: Annotated[Path | None, typer.Option(help="write kills.json here")] = None,

@@ -10,6 +10,7 @@ package by its position on `sys.path`.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "patches"
 ROOT = Path(__file__).parents[2]
 KERNELS = ("xla", "triton", "pallas_tpu", "pallas_gpu", "api")
+# Of each kernel that only an interpreter runs without its chip, a few that die soon: what `--patches few` tries.
+FEW = ("triton_kv_swapped", "triton_causal_plus1", "triton_cap_no_outer", "pallas_tpu_kv_swapped",
+       "pallas_tpu_causal_plus1", "pallas_gpu_kv_swapped")  # fmt: skip
 _COPIED = ("rpa", "oracle", "fuzz")
 
 
@@ -53,6 +57,26 @@ def found() -> dict[str, Patch]:
         PatchError: a file whose name or first line is not of the format.
     """
     return {path.stem: read(path) for path in sorted(FOLDER.glob("*.patch"))}
+
+
+def chosen(which: str | None) -> list[Patch]:
+    """The patches that a word stands for: `few`, `all`, a kernel's name, or a regular expression on their ids.
+
+    Raises:
+        PatchError: nothing is called so.
+    """
+    if which is None:
+        return []
+    everything = found().values()
+    if which == "all":
+        return list(everything)
+    if which == "few":
+        return [patch for patch in everything if patch.target == "xla" or patch.id in FEW]
+    picked = [patch for patch in everything if which == patch.kernel]
+    picked = picked or [patch for patch in everything if re.search(which, patch.id)]
+    if not picked:
+        raise PatchError(f"no patch is called {which!r}: few, all, {', '.join(KERNELS)}, or part of an id")
+    return picked
 
 
 def read(path: Path) -> Patch:
