@@ -13,10 +13,10 @@ from rpa.kernel import Executor as Executor
 from rpa.kernel import Invocation as Invocation
 from rpa.kernel import Kernel as Kernel
 from rpa.operation import RaggedPageAttentionv2 as RaggedPageAttentionv2
+from rpa.policy import AutotunePolicy as AutotunePolicy
+from rpa.policy import policy_override as policy_override
 from rpa.registered import KernelSpec as KernelSpec
 from rpa.registered import detect_platform as detect_platform
 from rpa.registered import kernel_registry as kernel_registry
-from rpa.select import AutotunePolicy as AutotunePolicy
 from rpa.select import ConfigSelectorChain as ConfigSelectorChain
-from rpa.select import policy_override as policy_override
 from rpa.tune import Tuner as Tuner

@@ -162,24 +162,16 @@ def _spec_of(slot: Slot) -> KernelSpec:
 
 def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
     ours, theirs = (
-        {p.name: (p.kind, p.default) for p in inspect.signature(spec.implementation).parameters.values()}
+        {p.name: f"{p.kind.description} {p}" for p in inspect.signature(spec.implementation).parameters.values()}
         for spec in (first, other)
     )
     where = f"{other.algorithm} on {other.platform}/{other.backend}"
-    names = [name for name in {**ours, **theirs} if name not in _TUNING]
     return [
-        f"{where}: parameter {name!r} is {_shown(theirs.get(name))}, and {_shown(ours.get(name))} in "
+        f"{where}: parameter {name!r} is {theirs.get(name, 'missing')}, and {ours.get(name, 'missing')} in "
         f"{first.platform}/{first.backend}"
-        for name in names
-        if ours.get(name) != theirs.get(name)
+        for name in {**ours, **theirs}
+        if name not in _TUNING and ours.get(name) != theirs.get(name)
     ]
-
-
-def _shown(parameter: tuple[Any, Any] | None) -> str:
-    if parameter is None:
-        return "missing"
-    kind, default = parameter
-    return f"{kind.description}" + ("" if default is inspect.Parameter.empty else f" = {default!r}")
 
 
 # ------------------------------------------------------------------ a registered callable as a backend

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,56 +15,13 @@ from rpa import cache, registry, settings, tune
 from rpa.cache import ConfigCache, PersistentCache, Triple
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device, fingerprint
+from rpa.policy import AutotunePolicy, in_force, overrides
 from rpa.program import Program
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 from rpa.tune import Tuner
 
 STORE = "ragged-page-attention"
-
-
-@dataclass(frozen=True)
-class AutotunePolicy:
-    """What may decide a config when no store holds one.
-
-    `cache_miss_fallback` is `"autotune"`, `"heuristics"` or None: None asks the environment, and without a word
-    from it tunes on accelerators only.
-
-    Raises:
-        ValueError: naming the field, its value and the rule.
-    """
-
-    allow_autotune: bool = True
-    allow_heuristics: bool = True
-    cache_miss_fallback: str | None = None
-    validate_backward: bool = False
-
-    def __post_init__(self) -> None:
-        if self.cache_miss_fallback not in (None, *settings.POLICIES):
-            expected = f"one of {', '.join(settings.POLICIES)} or None is expected"
-            raise ValueError(f"cache_miss_fallback={self.cache_miss_fallback!r}: {expected}")
-        if self.validate_backward:
-            raise ValueError("validate_backward=True: the operation has no backward pass to validate")
-
-
-_overrides: ContextVar[tuple[tuple[Any, dict[str, Any]], ...]] = ContextVar("rpa_policies", default=())
-
-
-@contextlib.contextmanager
-def policy_override(selector: Any = None, /, **changes: Any) -> Iterator[None]:
-    """Within the block, and this thread or task only, change fields of a selector's policy.
-
-    Args:
-        selector: a `ConfigSelectorChain`, an `Executor` that holds one, or None for the public function's own.
-        changes: fields of `AutotunePolicy`.
-    """
-    chain = default_chain() if selector is None else getattr(selector, "chooser", selector)
-    replace(chain.policy, **changes)  # an unknown field or value is an error here, not at the next call
-    token = _overrides.set((*_overrides.get(), (chain, changes)))
-    try:
-        yield
-    finally:
-        _overrides.reset(token)
 
 
 @dataclass(frozen=True)
@@ -106,7 +61,7 @@ class Found:
     """A config, the stage that named it, the reason, and what the stages before it said."""
 
     config: Any
-    source: str
+    source: str  # "explicit", "overlay", "memory", "persistent", "shipped", "autotune" or "heuristic"
     reason: str
     trail: tuple[tuple[str, str], ...]
 
@@ -148,11 +103,7 @@ class ConfigSelectorChain:
     @property
     def policy(self) -> AutotunePolicy:
         """The policy in force here, `policy_override` included."""
-        policy = self._policy
-        for chain, changes in _overrides.get():
-            if chain is self:
-                policy = replace(policy, **changes)
-        return policy
+        return in_force(self, self._policy)
 
     def choose(self, inv: Any, kernel: Any) -> Any:
         """The config of an invocation of a kernel."""
@@ -178,8 +129,7 @@ class ConfigSelectorChain:
             config, reason = lookup(query)
             trail.append((stage, reason))
             if config is not None:
-                level = {"level": stage} if event == "cache_hit" else {}
-                self._announce(event, query, cfg=config, **level)
+                self._announce(event, query, cfg=config, **({"level": stage} if event == "cache_hit" else {}))
                 return Found(config, stage, reason, tuple(trail))
         self._announce("error", query, cfg=None, reason="no_config")
         answers = "".join(f"\n  {stage}: {reason}" for stage, reason in trail)
@@ -275,7 +225,7 @@ def moment() -> Any:
     An overlay, an override of the policy or an observer of the events asks for every call anew.
     """
     chain = default_chain()
-    if cache.overlays() or _overrides.get() or chain.on_event:
+    if cache.overlays() or overrides.get() or chain.on_event:
         return None
     return chain.cache.generation, PersistentCache.generation, registry.REGISTERED.generation, settings.environment()
 
@@ -283,24 +233,20 @@ def moment() -> Any:
 # ------------------------------------------------------------------ our own operation
 
 
+_IDLE = "this batch is mostly idle"
+
+
 @dataclass(frozen=True)
-class Choice:
-    """A backend, its config, the stage that named it, the reason, and how it was found."""
+class Choice(Found):
+    """What was found for a call of our operation, and the backend it is for."""
 
     implementation: Implementation
-    config: RaggedPageAttentionv2Config
-    source: str  # "explicit" | "overlay" | "memory" | "persistent" | "shipped" | "autotune" | "heuristic"
-    reason: str
-    key: Triple = ("", "", "")
-    trail: tuple[tuple[str, str], ...] = ()
+    key: Triple
 
     @property
     def of_this_batch(self) -> bool:
         """Whether another batch of the same shapes might get another config."""
         return any(answer.startswith(_IDLE) for _, answer in self.trail)
-
-
-_IDLE = "this batch is mostly idle"
 
 
 def choose(
@@ -332,7 +278,7 @@ def choose(
     if found.source not in ("explicit", "heuristic"):  # those two speak of the preferred backend
         implementation, why = registry.resolve(_platform_of(asked, found.config), signature, device)
     reason = f"{found.reason}; {implementation.name}: {why}"
-    return Choice(implementation, found.config, found.source, reason, query.triple, found.trail)
+    return Choice(found.config, found.source, reason, found.trail, implementation, query.triple)
 
 
 def query_of(

@@ -207,7 +207,7 @@ def test_differing_signatures_are_named_in_a_warning(add):
         warnings.simplefilter("always")
         assert kernel_registry.validate_signatures(ALGORITHM) is False
     texts = " ".join(str(warning.message) for warning in caught)
-    assert "parameter 'window' is positional or keyword = 3, and missing" in texts
+    assert "parameter 'window' is positional or keyword window=3, and missing" in texts
     assert "parameter 'kv_pages' is missing" in texts
     assert "num_warps" not in texts  # kernels may differ in what only tunes them
 
