@@ -96,10 +96,9 @@ def test_a_window_of_one_block_needs_no_second_launch():
     assert made(DECODE).combine is not None
 
 
-def test_a_tile_in_one_page_is_used_where_pages_are_whole_blocks():
-    assert not made(DECODE).attend.constants["SHORT_ONE_PAGE"]
-    assert made(signature(page_size=64)).attend.constants["SHORT_ONE_PAGE"]
-    assert not made(signature(page_size=96)).attend.constants["SHORT_ONE_PAGE"]
+@pytest.mark.parametrize(("page", "first"), [(16, 16), (64, 64), (128, 64), (96, 1), (24, 1)])
+def test_blocks_start_with_a_page_where_pages_and_blocks_divide(page, first):
+    assert made(signature(page_size=page)).attend.constants["ALIGN"] == first
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,11 @@ def _max(a, b):
 @triton.jit
 def _splits(
     context, q_len, live, WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SHORTEST: tl.constexpr,
-    LONGEST: tl.constexpr, SPLITS: tl.constexpr, ITEMS: tl.constexpr,
+    FINE: tl.constexpr, LONGEST: tl.constexpr, SPLITS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """First key (a multiple of ALIGN), keys a split (of BLOCK) and splits of a short sequence; scalars or vectors.
 
-    At most SPLITS of them, 32 of SHORTEST keys or any number of four times that; more where one would have more than
+    At most SPLITS of them, FINE of SHORTEST keys or any number of four times that; more where one would have more than
     LONGEST keys. ITEMS > 0 (the caller does not ask for batch invariance) also stops at ITEMS over the live sequences.
     """
     low = tl.maximum(context - q_len, 0)
@@ -61,7 +61,7 @@ def _splits(
     most = SPLITS
     if ITEMS > 0:
         most = tl.minimum(tl.maximum(ITEMS // tl.maximum(live, 1), 1), SPLITS)
-    count = tl.maximum(tl.minimum((keys + SHORTEST - 1) // SHORTEST, 32), keys // (4 * SHORTEST))
+    count = tl.maximum(tl.minimum((keys + SHORTEST - 1) // SHORTEST, FINE), keys // (4 * SHORTEST))
     count = tl.minimum(count, most)
     count = tl.maximum(count, (keys + LONGEST - 1) // LONGEST)
     size = (keys + count - 1) // count
@@ -74,7 +74,7 @@ def _survey(
     query_start_loc, context_lens, num_seqs,
     T: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
     SHORT_Q: tl.constexpr, LONG_Q: tl.constexpr, HAS_LONG: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
     SPLITS: tl.constexpr, ITEMS: tl.constexpr,
 ):  # fmt: skip
     """Inclusive prefix sums of short and of long items, first rows [S_PAD each]; first and last owned row; live count.
@@ -94,7 +94,7 @@ def _survey(
     rows = stop - start
     q_len = tl.where(valid, rows, 0)
     _, _, splits = _splits(
-        tl.where(valid, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS
+        tl.where(valid, context, 0), q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS
     )
     short = tl.where(rows <= SHORT_Q, tl.where(rows > 0, splits, 0), 0)
     long = tl.where(rows <= SHORT_Q, 0, rows)
@@ -197,13 +197,26 @@ def _mask(x, hi, lo, keys, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _page_ids(table, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of keys first .. first + BLOCK_N before `end`: one id where a block lies in one page, else [BLOCK_N]."""
+    n = tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(table + first // PAGE, mask=first < end, other=0)
+    elif BLOCK_N % PAGE == 0:  # blocks start with a page, so that this division leaves the loop
+        page = tl.load(table + first // PAGE + n // PAGE, mask=first + n < end, other=0)
+    else:
+        page = tl.load(table + (first + n) // PAGE, mask=first + n < end, other=0)
+    return page
+
+
+@triton.jit
 def _attend(
     queries, kv_pages, table, token, head, row_ok, kv_head, position, first_key, first_position, last_position,
     begin, end, scale,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, FUSED: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALWAYS_MASK: tl.constexpr, LAZY: tl.constexpr,
-    ONE_PAGE: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [begin, end) of one sequence into a tile of rows.
 
@@ -213,13 +226,8 @@ def _attend(
     """
     n = tl.arange(0, BLOCK_N)
     LAST: tl.constexpr = P - 1 if P > 0 else 0
-    if ONE_PAGE:  # a block never crosses a page
-        bad = begin * 0
-        page = tl.load(table + begin // PAGE, mask=begin < end, other=0)
-    else:
-        bad = tl.zeros([BLOCK_N], tl.int32)
-        needed = (begin + n < end) & (begin + n >= first_key)
-        page = tl.load(table + (begin + n) // PAGE, mask=needed, other=0)
+    page = _page_ids(table, begin, end, PAGE, BLOCK_N)
+    bad = (page != page).to(tl.int32)
     if P == 0:
         bad += tl.where(begin < end, 1, 0)
     d = tl.arange(0, D_PAD)
@@ -239,11 +247,11 @@ def _attend(
         # The next block's page ids are fetched one block ahead: they address the next loads.
         inside = tl.minimum(tl.maximum(page, 0), LAST)
         bad = bad | (page != inside).to(tl.int32)
-        slot = inside.to(tl.int64) * (PAGE * STRIDE) + (keys % PAGE) * STRIDE
-        if ONE_PAGE:
-            page = tl.load(table + (block + BLOCK_N) // PAGE, mask=block + BLOCK_N < end, other=0)
+        page = _page_ids(table, block + BLOCK_N, end, PAGE, BLOCK_N)
+        if BLOCK_N % PAGE == 0:
+            slot = inside.to(tl.int64) * (PAGE * STRIDE) + (n % PAGE) * STRIDE
         else:
-            page = tl.load(table + (keys + BLOCK_N) // PAGE, mask=keys + BLOCK_N < end, other=0)
+            slot = inside.to(tl.int64) * (PAGE * STRIDE) + (keys % PAGE) * STRIDE
         readable = keys < end
         if WINDOW > 0:
             readable = readable & (keys >= first_key)
@@ -258,7 +266,7 @@ def _attend(
         acc, m, l = _fold(scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK, LAZY)
     if LAZY:
         l = tl.sum(l, 1)
-    if not ONE_PAGE:
+    if PAGE % BLOCK_N != 0:
         bad = tl.max(bad, 0)
     return acc, m, l, bad
 
@@ -272,18 +280,17 @@ def _close(
     """Add the sinks, divide and store; rows without keys become 0, rows of a bad sequence NaN."""
     seen = l != 0  # a NaN is seen
     total = l
+    keep = 1.0
     if HAS_SINKS:
         sink = tl.load(sinks + head, mask=row_ok, other=0.0)
         top = tl.maximum(m, sink * LOG2E)
         keep = tl.math.exp2(m - top)
         total = l * keep + tl.math.exp2(sink * LOG2E - top)
         m = top
-        acc = acc * keep[:, None]
-    out = acc / tl.where(seen, total, 1.0)[:, None]
+    share = tl.where(seen, keep / tl.where(seen, total, 1.0), 0.0)
+    out = acc * tl.where(bad > 0, float("nan"), share)[:, None]
     if HAS_V_SCALE:
         out = out * tl.load(v_scale + head // (HQ // HKV), mask=row_ok, other=0.0)[:, None]
-    out = tl.where(seen[:, None], out, 0.0)
-    out = tl.where(bad > 0, float("nan"), out)
     d = tl.arange(0, D_PAD)
     at = token.to(tl.int64) * HQ + head
     tl.store(
@@ -325,10 +332,9 @@ def attend_kernel(
     COMPUTE: tl.constexpr, FUSED: tl.constexpr,
     HEADS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     SHORT_M: tl.constexpr, SHORT_Q: tl.constexpr, SHORT_STAGES: tl.constexpr,
-    SHORT_ONE_PAGE: tl.constexpr,
     HAS_LONG: tl.constexpr, LONG_M: tl.constexpr, LONG_Q: tl.constexpr, LONG_N: tl.constexpr,
-    LONG_STAGES: tl.constexpr, LONG_ONE_PAGE: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    LONG_STAGES: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
     SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
     LAZY: tl.constexpr,
     EARLY: tl.constexpr, CLEAR: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -340,7 +346,7 @@ def attend_kernel(
     """
     short_sums, long_sums, starts, first_row, last_row, live = _survey(
         query_start_loc, context_lens, num_seqs, T, S, S_PAD, PAGES_PER_SEQ * PAGE, WINDOW,
-        SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS,
+        SHORT_Q, LONG_Q, HAS_LONG, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS,
     )  # fmt: skip
     shorts = tl.max(short_sums, 0)
     longs = shorts * 0
@@ -376,7 +382,7 @@ def attend_kernel(
                     output, lse, part_acc, part_ml,
                     T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
                     HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
-                    SHORT_M, SHORT_Q, SHORT_STAGES, SHORT_ONE_PAGE, ALIGN, SHORT_N, SHORTEST, LONGEST,
+                    SHORT_M, SHORT_Q, SHORT_STAGES, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST,
                     SPLITS, ITEMS, MAX_SPLITS, ROW_SLOTS,
                     LAZY,
                 )  # fmt: skip
@@ -388,7 +394,7 @@ def attend_kernel(
                         output, lse,
                         T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
                         HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
-                        LONG_M, LONG_Q, LONG_N, LONG_STAGES, LONG_ONE_PAGE, LONG_MASK, LONG_ALIGN,
+                        LONG_M, LONG_Q, LONG_N, LONG_STAGES, LONG_MASK, LONG_ALIGN,
                     )  # fmt: skip
 
 
@@ -438,8 +444,8 @@ def _short_item(
     HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
     WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
-    M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
     SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
     LAZY: tl.constexpr,
 ):  # fmt: skip
@@ -447,7 +453,7 @@ def _short_item(
     sequence, number = _find(sums, index, S_PAD)
     start = tl.sum(tl.where(tl.arange(0, S_PAD) == sequence, starts, 0), 0)
     stop, q_len, context, bad = _sequence(sequence, start, context_lens, query_start_loc, T, PAGES_PER_SEQ * PAGE)
-    low, size, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
+    low, size, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS)
     table = block_tables + sequence.to(tl.int64) * PAGES_PER_SEQ
     whole = stop - start > Q  # several tiles, hence one split
     splits = tl.where(whole | (bad > 0), 1, splits)
@@ -474,7 +480,7 @@ def _short_item(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, LAZY, ONE_PAGE, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, LAZY, STAGES,
     )  # fmt: skip
     bad = bad | bad_page
     if splits == 1:
@@ -502,8 +508,7 @@ def _long_item(
     HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
     WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
-    M: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, ONE_PAGE: tl.constexpr,
-    MASK: tl.constexpr, ALIGN: tl.constexpr,
+    M: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One tile of Q tokens with every key it sees; the last tiles of a sequence, which see most, come first."""
     sequence, number = _find(sums, index, S_PAD)
@@ -529,7 +534,7 @@ def _long_item(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, False, ONE_PAGE, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, False, STAGES,
     )  # fmt: skip
     bad = bad | _any_bad_page(peeked, table, first_page, last_page, P, 256)
     _close(
@@ -552,9 +557,9 @@ def combine_kernel(
     T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
     HKV: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr, SHORT_Q: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, LONGEST: tl.constexpr,
+    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
     SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, ROW_SLOTS: tl.constexpr, CHUNK: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one head of one short sequence, in the order of their keys.
 
@@ -573,12 +578,12 @@ def combine_kernel(
     good = (sequence < live) & (begin == start) & (end >= begin) & (end <= T)
     good = good & (context >= 0) & (context <= PAGES_PER_SEQ * PAGE) & (q_len <= SHORT_Q)
     context = tl.where(good, context, 0)
-    _, _, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, LONGEST, SPLITS, ITEMS)
+    _, _, splits = _splits(context, q_len, live, WINDOW, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS)
     if good & (splits > 1):
         for local in tl.range(0, q_len, num_stages=1):
             token = start + local + tl.zeros([1], tl.int32)
             at = (_slot(token, start, sequence, SHORT_Q, ROW_SLOTS) * HQ + head) * MAX_SPLITS
-            acc, m, l = _merge(part_acc, part_ml, at, splits, D, D_PAD, SPLITS_PAD, CHUNK)
+            acc, m, l = _merge(part_acc, part_ml, at, splits, D, D_PAD, CHUNK)
             _close(
                 acc, m, l, 0, token, head, head >= 0, output, lse, sinks, v_scale,
                 HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE, WRITE_LSE,
@@ -586,23 +591,23 @@ def combine_kernel(
 
 
 @triton.jit
-def _merge(
-    part_acc, part_ml, at, splits, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """acc [1, D_PAD], m and l [1] of all splits of the row whose first split is number at[0]."""
-    i = tl.arange(0, SPLITS_PAD)
-    m = tl.load(part_ml + 2 * (at + i), mask=i < splits, other=LOWEST)
-    l = tl.load(part_ml + 2 * (at + i) + 1, mask=i < splits, other=0.0)
-    top = tl.max(m, 0)
-    total = tl.sum(l * tl.math.exp2(m - top), 0)
+def _merge(part_acc, part_ml, at, splits, D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr):
+    """acc [1, D_PAD], m and l [1] of all splits of the row whose first split is number at[0]; loads leave together."""
     d = tl.arange(0, D_PAD)
+    top = tl.full([], LOWEST, tl.float32)
+    total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([D_PAD], tl.float32)
     for chunk in tl.range(0, splits, CHUNK, num_stages=1):
         split = chunk + tl.arange(0, CHUNK)
-        weight = tl.math.exp2(tl.load(part_ml + 2 * (at + split), mask=split < splits, other=LOWEST) - top)
+        m = tl.load(part_ml + 2 * (at + split), mask=split < splits, other=LOWEST)
+        l = tl.load(part_ml + 2 * (at + split) + 1, mask=split < splits, other=0.0)
         inside = (split < splits)[:, None] & (d < D)[None, :]
         part = tl.load(part_acc + ((at + split) * D)[:, None] + d[None, :], mask=inside, other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
+        new = tl.maximum(top, tl.max(m, 0))
+        weight = tl.math.exp2(m - new)
+        keep = tl.math.exp2(top - new)
+        total = total * keep + tl.sum(l * weight, 0)
+        acc = acc * keep + tl.sum(part * weight[:, None], 0)
+        top = new
     one = tl.zeros([1], tl.float32)
     return acc[None, :], top + one, total + one

@@ -87,10 +87,7 @@ def _call(kernel: Any, launch: planning.Launch, arrays: dict[str, Any], out_type
     constants = dict(launch.constants)
     if "COMPUTE" in constants:
         constants["COMPUTE"] = _triton_dtype(constants["COMPUTE"])
-    # Said aloud, since triton 3.9 warns about the default and 3.10 changes it.
-    options: dict[str, Any] = {"enable_fp_fusion": True}
-    if launch.max_registers is not None:
-        options["maxnreg"] = launch.max_registers
+    options = planning.compiler_options(launch, capability)
     return jax_triton().triton_call(
         kernel=kernel,
         out_type=out_type,

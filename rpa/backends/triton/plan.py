@@ -18,8 +18,8 @@ ITEMS = 256  # splits times kv heads that fill the multiprocessors of one chip, 
 MOST_SPLITS = 128
 MOST_HEADS = 64  # query heads packed into a tile; a larger group takes several
 OPTIONS = (
-    "long_m", "long_n", "short_n", "short_stages", "shortest", "longest", "early", "programs", "lazy",
-    "combine_warps", "mask", "one_page", "max_registers",
+    "long_m", "long_n", "short_n", "short_stages", "shortest", "fine", "longest", "early", "programs", "lazy",
+    "combine_warps", "mask", "max_registers",
 )  # fmt: skip
 
 
@@ -47,6 +47,17 @@ class Plan:
     def rows(self) -> int:
         """Leading axis of the scratch arrays; 1 where they are not used."""
         return self.slots if self.combine else 1
+
+
+def compiler_options(launch: Launch, capability: tuple[int, int] | None) -> dict[str, Any]:
+    """Options beside warps and stages; `capability` is None off NVIDIA."""
+    options: dict[str, Any] = {"enable_fp_fusion": True}  # aloud: triton 3.9 warns of the default, 3.10 changes it
+    if capability is not None:
+        # XLA assembles what Triton writes, with an assembler of its own that may be older than Triton's.
+        options["ptx_version"] = 80 if capability < (9, 0) else 87 if capability < (10, 3) else 90
+        if launch.max_registers is not None:
+            options["maxnreg"] = launch.max_registers
+    return options
 
 
 def pow2(n: int) -> int:
@@ -122,18 +133,24 @@ def _tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> dict[st
     pages = config.num_kv_pages_per_block
     block = max(16, pow2(pages * signature.page_size)) if pages else 64
     short_n, long_n = config.option("short_n", block), config.option("long_n", block)
-    allowed = bool(config.option("one_page", 1))
-    short_one, long_one = (allowed and signature.page_size % n == 0 for n in (short_n, long_n))
     stages = config.num_stages or 3
     return {
         "HEADS": heads, "HEAD_GROUPS": signature.num_kv_heads * math.ceil(signature.group / heads),
         "SHORT_M": short_m, "SHORT_Q": short_m // heads, "SHORT_N": short_n,
-        "SHORT_STAGES": config.option("short_stages", stages), "SHORT_ONE_PAGE": short_one,
+        "SHORT_STAGES": config.option("short_stages", stages), "ALIGN": _alignment(signature.page_size, short_n),
         "HAS_LONG": signature.num_tokens > signature.max_seqs,
         "LONG_M": long_m, "LONG_Q": long_m // heads, "LONG_N": long_n, "LONG_STAGES": stages,
-        "LONG_ONE_PAGE": long_one, "LONG_MASK": bool(config.option("mask", 0)),
-        "LONG_ALIGN": long_n if long_one else 1, "ALIGN": short_n if short_one else 1,
+        "LONG_ALIGN": _alignment(signature.page_size, long_n), "LONG_MASK": bool(config.option("mask", 0)),
     }  # fmt: skip
+
+
+def _alignment(page: int, block: int) -> int:
+    """What the first key of a tile is a multiple of, so that blocks lie in one page or consist of whole pages.
+
+    >>> [_alignment(page, 64) for page in (16, 64, 128, 24)]
+    [16, 64, 64, 1]
+    """
+    return min(page, block) if max(page, block) % min(page, block) == 0 else 1
 
 
 def _splitting(signature: Signature, config: RaggedPageAttentionv2Config, tiles: dict[str, Any]) -> dict[str, Any]:
@@ -148,12 +165,13 @@ def _splitting(signature: Signature, config: RaggedPageAttentionv2Config, tiles:
     splits = limit
     if config.num_kv_splits is None and not signature.optimized:
         splits = max(1, min(limit, wanted // signature.max_seqs))
-    fine = max(min(math.ceil(keys / shortest), 32), keys // (4 * shortest))
-    most = max(min(splits, fine), math.ceil(keys / longest))
+    fine = config.option("fine", 32)
+    wished = max(min(math.ceil(keys / shortest), fine), keys // (4 * shortest))
+    most = max(min(splits, wished), math.ceil(keys / longest))
     if keys <= 2 * shortest:  # a window, say: two splits would cost a launch and save nothing
         longest, splits, most = max(longest, 2 * shortest), 1, 1
     return {
-        "SHORTEST": shortest, "LONGEST": longest, "SPLITS": splits, "MAX_SPLITS": most,
+        "SHORTEST": shortest, "FINE": fine, "LONGEST": longest, "SPLITS": splits, "MAX_SPLITS": most,
         "ITEMS": max(1, wanted) if signature.optimized and config.num_kv_splits is None else 0,
         "ROW_SLOTS": signature.num_tokens <= signature.max_seqs * tiles["SHORT_Q"],
     }  # fmt: skip
@@ -171,11 +189,10 @@ def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -
 def _combine(signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]) -> Launch:
     """One program a sequence and head; as many splits at once as registers hold."""
     keep = {name: tiles[name] for name in ("SHORT_Q", "SHORT_N", "ALIGN")}
-    padded = pow2(split["MAX_SPLITS"])
-    chunk = max(1, min(padded, 4096 // shared["D_PAD"]))
+    chunk = max(1, min(pow2(split["MAX_SPLITS"]), 4096 // shared["D_PAD"]))
     return Launch(
         grid=(signature.max_seqs, signature.num_q_heads),
-        constants=shared | keep | split | {"SPLITS_PAD": padded, "CHUNK": chunk},
+        constants=shared | keep | split | {"CHUNK": chunk},
         num_warps=config.option("combine_warps", 4),
         num_stages=1,
     )

@@ -27,6 +27,8 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
 def _short(signature: Signature) -> tuple[dict[str, int], int, int, int]:
     """Decode: options, warps, stages, register limit (0: none)."""
     base = {"longest": _longest(signature), "programs": 24 * plan.MULTIPROCESSORS}
+    if signature.max_seqs * signature.num_kv_heads <= 8:  # too few for the chip: up to 128 splits of a long context
+        base["shortest"] = 64
     if signature.compute_dtype == "float32":
         return base | {"short_n": 32, "long_n": 32}, 4, 2, 0
     if signature.head_dim <= 64:
@@ -43,15 +45,9 @@ def _short(signature: Signature) -> tuple[dict[str, int], int, int, int]:
 
 
 def _longest(signature: Signature) -> int:
-    """Keys a split may have in decode: one wave of programs or several, never one and a bit.
-
-    Two or three programs share a multiprocessor, as the compiler's registers fall (page 16 and 64 differ, and so do
-    the assemblers of Triton and XLA): 512 equal items on 396 places took 14 % longer than 1024 of half the length.
-    """
+    """Keys a split may have in decode: two programs share a multiprocessor, and the last wave should be full."""
     pairs = signature.max_seqs * signature.num_kv_heads
-    if signature.head_dim <= 64:
-        return 8192
-    return 16384 if pairs < 256 else 4096 if 512 <= pairs < 1024 else 8192
+    return 16384 if pairs < 256 and signature.head_dim > 64 else 8192
 
 
 def _long(signature: Signature) -> tuple[dict[str, int], int, int, int]:
