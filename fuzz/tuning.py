@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -40,7 +39,6 @@ def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: 
     if workers == 1:
         yield from map(_tune, jobs)
         return
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _share, (context.Lock(),)) as pool:
         try:
@@ -111,7 +109,16 @@ def summary(report: Any) -> str:
         for trial in report.trials
         if trial.status in ("wrong", "failed")
     )
-    return f"{report.reason} ({counts}){troubles}"
+    return f"{report.reason}; {_by_backend(report)} ({counts}){troubles}"
+
+
+def _by_backend(report: Any) -> str:
+    """The best time of each backend that was timed."""
+    best: dict[str, float] = {}
+    for trial in report.trials:
+        if trial.status == "timed" and trial.seconds:
+            best[trial.config.platform] = min(trial.median, best.get(trial.config.platform, float("inf")))
+    return ", ".join(f"{platform} {seconds * 1e6:.1f} us" for platform, seconds in best.items())
 
 
 def store(found: Sequence[Outcome], table: Path | None) -> Path | None:
@@ -127,4 +134,5 @@ def _entry(cell: Cell, report: Any) -> dict[str, Any]:
     from rpa import cache
 
     fields = {name: value for name, value in report.winner.to_dict().items() if value not in (None, {})}
-    return {"config": fields, "note": f"{report.reason} ({cell.name})", "versions": cache.versions()}
+    note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
+    return {"config": fields, "note": note, "versions": cache.versions()}

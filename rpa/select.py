@@ -341,13 +341,14 @@ def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> st
 
 
 def candidates(signature: Signature, device: Device, platform: str) -> list[RaggedPageAttentionv2Config]:
-    """The configs worth timing, of every backend that can take the call, the preferred one's heuristic first."""
-    found = []
+    """The configs worth timing: every backend's own choice, the preferred one's first, then their variations."""
+    choices, variations = [], []
     for slot in registry.able(platform, signature, device):
         implementation = registry.implementation_of(slot)
-        configs = (implementation.heuristic(signature, device), *implementation.candidates(signature, device))
-        found += [config.replace(platform=slot.platform) for config in configs]
-    return list(dict.fromkeys(found))
+        choices.append(implementation.heuristic(signature, device).replace(platform=slot.platform))
+        others = implementation.candidates(signature, device)
+        variations += [config.replace(platform=slot.platform) for config in others]
+    return list(dict.fromkeys(choices + variations))
 
 
 def _platform_of(asked: str, config: Any) -> str:

@@ -38,9 +38,10 @@ class Trial:
     """One candidate and what became of it."""
 
     config: Any
-    status: str = "waiting"  # "timed", "duplicate", "wrong", "failed", "out of resources", "out of budget"
+    status: str = "waiting"  # "timed", "duplicate", "wrong", "failed", "hopeless", "out of resources" or "of budget"
     detail: str = ""
     program: Any = None  # compiled
+    warm: float = float("inf")  # seconds of one call after the first
     seconds: list[float] = field(default_factory=list)  # one sample a round
 
     @property
@@ -105,10 +106,10 @@ class Tuner:
 
     def measure(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Median seconds of one call of `fn`, compiled first; on a GPU the time its kernels take there."""
-        compiled = _jitted(fn).lower(*args, **kwargs).compile()
-        self._warm(compiled, args, kwargs)
+        trial = Trial(None, program=_jitted(fn).lower(*args, **kwargs).compile())
+        self._warm(trial, args, kwargs, float("inf"))
         rounds, calls = _split(self.iters)
-        return statistics.median(self._sample(compiled, [args] * calls, kwargs) for _ in range(rounds))
+        return statistics.median(self._sample(trial.program, [args] * calls, kwargs) for _ in range(rounds))
 
     def autotune(
         self,
@@ -130,7 +131,7 @@ class Tuner:
             trial.status, trial.detail = (
                 ("out of budget", "no time was left to compile it")
                 if late
-                else self._admit(trial, make_fn(trial.config), tuple(args), kwargs, texts)
+                else self._admit(trial, trials, make_fn(trial.config), tuple(args), kwargs, texts)
             )
         alive = [trial for trial in trials if trial.status == "timed"]
         if not alive:
@@ -141,7 +142,9 @@ class Tuner:
         self.history.append(report)
         return report.winner
 
-    def _admit(self, trial: Trial, fn: Any, args: tuple, kwargs: dict, texts: dict[str, Any]) -> tuple[str, str]:
+    def _admit(
+        self, trial: Trial, trials: list[Trial], fn: Any, args: tuple, kwargs: dict, texts: dict[str, Any]
+    ) -> tuple[str, str]:
         """Compile, compare with what is there already, run and judge one candidate: its status and the reason."""
         try:
             lowered = _jitted(fn).lower(*args, **kwargs)
@@ -149,8 +152,11 @@ class Tuner:
             if text in texts:
                 return "duplicate", f"lowers to the same program as {texts[text]}"
             trial.program = lowered.compile()
+            fastest = min((other.warm for other in trials if other.status == "timed"), default=float("inf"))
             with self._exclusive():
-                output = self._warm(trial.program, args, kwargs)
+                output = self._warm(trial, args, kwargs, 10 * fastest)
+            if output is None:
+                return "hopeless", f"one call took {trial.warm:.3g} s, ten times as long as another's"
             judged = isinstance(fn, Program) or self._verify is not None
             wrong = self.verify(fn, args, output) if judged and self.verify is not None else None
         except Exception as error:  # one candidate's failure must not end the search; it is shown, not swallowed
@@ -173,11 +179,16 @@ class Tuner:
             fastest = min(trial.median for trial in alive)
             alive = [alive[0], *(trial for trial in alive[1:] if trial.median < 2 * fastest)]
 
-    def _warm(self, compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = compiled(*args, **kwargs)
+    def _warm(self, trial: Trial, args: tuple[Any, ...], kwargs: dict[str, Any], limit: float) -> Any:
+        """The output after the warm-up; None where its first round already takes longer than `limit` seconds."""
+        output = jax.block_until_ready(trial.program(*args, **kwargs))
         for _ in range(self.warmup):
-            output = compiled(*args, **kwargs)
-        return jax.block_until_ready(output)
+            started = self._clock()
+            output = jax.block_until_ready(trial.program(*args, **kwargs))
+            trial.warm = min(trial.warm, self._clock() - started)
+            if trial.warm > limit:
+                return None
+        return output
 
     def _sample(self, compiled: Any, batches: Sequence[Any], kwargs: dict[str, Any]) -> float:
         """Seconds of one call, the mean over `batches`; on a GPU those of the kernels, without the host's part."""

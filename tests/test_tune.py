@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
@@ -165,6 +166,53 @@ def test_hopeless_candidates_are_dropped_early():
     programs = {"first": Fake(clock, 1.0), "hopeless": Fake(clock, 50.0)}
     _tune(programs, clock, warmup=0, iters=20, budget=1e9)
     assert programs["hopeless"].calls == 1 + 2  # judged, and one round of two
+
+
+def test_a_candidate_ten_times_slower_is_not_even_timed():
+    clock = Clock()
+    programs = {"first": Fake(clock, 1.0), "hopeless": Fake(clock, 11.0), "slow": Fake(clock, 9.0)}
+    _, report = _tune(programs, clock, warmup=3, budget=1e9)
+    assert report.counts() == {"timed": 2, "hopeless": 1}
+    assert programs["hopeless"].calls == 2
+    assert "11 s" in report.trials[1].detail
+
+
+def test_batches_are_timed_in_turn():
+    seen = []
+
+    class Program(Fake):
+        def __call__(self, *args, **kwargs):
+            seen.append(args)
+            return super().__call__()
+
+    clock, turns = Clock(), [("a",), ("b",), ("c",)]
+    tuner = Tuner(warmup=0, iters=20, clock=clock, turns=turns, budget=1e9)
+    tuner.autotune({"only": Program(clock, 1.0)}.__getitem__, ("a",), {}, ["only"])
+    assert seen == [("a",), *[turns[i % 3] for i in range(20)]]
+
+
+def test_the_device_is_held_while_it_runs_and_not_while_others_compile():
+    held, log = [], []
+
+    @contextlib.contextmanager
+    def exclusive():
+        held.append(True)
+        yield
+        held.pop()
+
+    class Program(Fake):
+        def compile(self):
+            log.append(("compile", bool(held)))
+            return self
+
+        def __call__(self, *args, **kwargs):
+            log.append(("run", bool(held)))
+            return super().__call__()
+
+    clock = Clock()
+    programs = {"one": Program(clock, 1.0), "two": Program(clock, 1.0)}
+    _tune(programs, clock, exclusive=exclusive, budget=1e9, verify=lambda *_: log.append(("judge", bool(held))))
+    assert set(log) == {("compile", False), ("run", True), ("judge", False)}
 
 
 @pytest.mark.parametrize("changes", [{"warmup": -1}, {"iters": 0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -79,7 +80,7 @@ def _explained(model: Any, layer: Any, tokens: int, seqs: int, context: int, pag
 
 def tune(
     budget: Annotated[str, typer.Option(help="Stop after so long: 90, 90s, 10m or 2h.")] = "10m",
-    only: Annotated[str, typer.Option(help="Only cells of `rpa bench` whose name contains this text.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Only cells of `rpa bench` whose name has this text.")] = None,
     platform: _Platform = "auto",
     iters: Annotated[int, typer.Option(min=1, help="Timed calls a candidate.")] = 50,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile and judge; they time in turn.")] = 1,
@@ -98,15 +99,17 @@ def tune(
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise _fail(f"--table {table}: a file in an existing folder is expected")
     end = time.time() + int(match[1]) * _UNITS[match[2]]
+    if workers > 1:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
     try:
-        count = _tune_cells(end, only, platform, iters, workers, table)
+        count = _tune_cells(end, only or [], platform, iters, workers, table)
     except ValueError as error:
         raise _fail(str(error)) from None
     if not count:
         raise _fail(f"nothing was tuned within --budget {budget}")
 
 
-def _tune_cells(end: float, only: str, platform: str, iters: int, workers: int, table: Path | None) -> int:
+def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers: int, table: Path | None) -> int:
     """Tune, store and tell, cell by cell; how many were stored."""
     from rich.console import Console
     from rich.progress import Progress
@@ -117,9 +120,9 @@ def _tune_cells(end: float, only: str, platform: str, iters: int, workers: int, 
     from rpa.validate import platform_of
 
     platform_of(platform)
-    cells = [cell for cell in cells_for(current().platform) if only in cell.name]
+    cells = [cell for cell in cells_for(current().platform) if all(text in cell.name for text in only)]
     if not cells:
-        raise ValueError(f"--only {only!r}: no cell has such a name; `rpa bench` lists them")
+        raise ValueError(f"--only {' --only '.join(only)}: no cell has such a name; `rpa bench` lists them")
     console, count, path = Console(), 0, None
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=None)
