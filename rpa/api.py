@@ -252,7 +252,8 @@ class Plan(NamedTuple):
 
 
 def _plan_of(arrays: tuple[Any, ...], inputs: Inputs, signature: Signature, program: Any, moment: Any) -> Plan:
-    fixed = tuple((i, inputs[i]) for i, value in enumerate(arrays) if type(value) in (int, float))
+    scalars = [i for i, value in enumerate(arrays) if type(value) in (int, float)]
+    fixed = tuple((i, inputs[i] if i < 6 else jnp.asarray(inputs[i])) for i in scalars)  # scales stay on the device
     host = [isinstance(array, np.ndarray) for array in arrays]
     wide = tuple(i for i in range(2, 6) if host[i] and arrays[i].dtype != np.int32)
     return Plan(program, signature, moment, fixed, wide, any(rules.is_host(array) for array in arrays[2:6]))
