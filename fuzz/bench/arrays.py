@@ -17,7 +17,7 @@ from oracle.claim import default_claim
 
 _POOL_BYTES = 8 << 30
 JUDGED_ROWS = 24
-JUDGED_KEYS = 128 << 10  # over all judged rows: what the oracle reads in a few seconds
+JUDGED_KEYS = 64 << 10  # over all judged rows: what the oracle reads in a few seconds
 
 
 @dataclass(frozen=True)

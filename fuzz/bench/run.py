@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,15 +74,45 @@ class Contender:
     public: Callable[[Batch], Callable[[], Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A contender bound to a batch: compiled, not yet judged."""
+
+    function: Callable[..., Any]
+    arguments: list[tuple]
+    compile_seconds: float
+
+
+def prepared(batch: Batch, contender: Contender) -> Prepared:
+    """Bind and compile; what is not compiled ahead of its first call compiles there."""
+    begin = time.perf_counter()
+    function, arguments = contender.prepare(batch)
+    if hasattr(function, "lower"):
+        function.lower(*arguments[0]).compile()
+    return Prepared(function, arguments, time.perf_counter() - begin)
+
+
 def run(cells: Iterable[Cell], contenders: list[Contender], ceilings: Ceilings, platform: str) -> Iterator[Result]:
-    """Every contender on every cell, interleaved by cell so that the machine's moods hit all alike."""
+    """Every contender on every cell, interleaved by cell so that the machine's moods hit all alike.
+
+    On an accelerator the host's cores compile and consult the oracle for all contenders of a cell at once; nothing
+    runs there meanwhile. Timing is one by one.
+    """
     for cell in cells:
         batch = arrays.make(cell, ceilings.cache_bytes)
+        able = [contender for contender in contenders if contender.unsupported(batch) is None]
+        ready: dict[str, Future[Prepared]] = {}
+        if platform != "cpu":
+            with ThreadPoolExecutor() as pool:
+                ready = {c.name: pool.submit(contextvars.copy_context().run, prepared, batch, c) for c in able}
+                for claim in {contender.claim(batch) for contender in able}:
+                    pool.submit(batch.analyses, claim)
         for contender in contenders:
-            yield one(batch, contender, ceilings, platform)
+            yield one(batch, contender, ceilings, platform, ready.get(contender.name))
 
 
-def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -> Result:
+def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str,
+        ready: Future[Prepared] | None = None) -> Result:  # fmt: skip
     """Judge one contender on one batch and, if it passes, time it."""
     cell = batch.cell
     floor = ceilings.floor(cell.bytes, cell.flops, cell.layer.compute_dtype)
@@ -91,7 +122,8 @@ def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -
     if reason is not None:
         return Result(**known, status="unsupported", reason=reason)
     try:
-        function, arguments = contender.prepare(batch)
+        bound = ready.result() if ready else prepared(batch, contender)
+        function, arguments = bound.function, bound.arguments
         begin = time.perf_counter()
         answer = contender.output(function(*arguments[0]))
         first = time.perf_counter() - begin
@@ -105,8 +137,8 @@ def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str) -
         return Result(**known, status="error", reason=f"{type(error).__name__}: {error}"[:500])
     return Result(
         **known, status="pass", ratio=ratio, seconds=timing.seconds, spread=timing.spread, samples=timing.samples,
-        temp_bytes=_temporaries(function, arguments[0]), compile_seconds=max(0.0, first - timing.seconds),
-        host_seconds=host, launches=timing.launches,
+        temp_bytes=_temporaries(function, arguments[0]), host_seconds=host, launches=timing.launches,
+        compile_seconds=bound.compile_seconds + max(0.0, first - timing.seconds),
     )  # fmt: skip
 
 
