@@ -89,10 +89,10 @@ def function_figure(function: Function, count: int) -> Figure:
     return Figure(function.name, worst, f"x = {at!r}", underflow, seen)
 
 
-def divide_figure(count: int, seed: int = 0) -> Figure:
+def divide_figure(count: int, seed: int = 0, divide: Callable[..., Any] = jnp.divide) -> Figure:
     """The worst relative error of a quotient, over random significands and exponents a softmax meets."""
     rng = np.random.default_rng(seed)
-    program = jax.jit(jnp.divide)
+    program = jax.jit(divide)
     worst, at, seen = 0.0, "", 0
     for _ in range(max(1, count // _CHUNK)):
         a, b = (np.ldexp(rng.uniform(1, 2, _CHUNK), rng.integers(-30, 30, _CHUNK)) for _ in range(2))
@@ -134,7 +134,11 @@ def _probes(terms: int, dtype: str, rng) -> Iterator[tuple[str, np.ndarray, np.n
                 big_a, big_b = a.copy(), b.copy()
                 big_a[place] = big_b[place] = 1.0
                 yield f"1 at {place} among {factor:.6g} * 2**{exponent}", big_a, big_b
-                yield f"1 at {place} among -{factor:.6g} * 2**{exponent}", big_a, np.where(big_b == 1, 1, -big_b)
+                yield (
+                    f"1 at {place} among -{factor:.6g} * 2**{exponent}",
+                    big_a,
+                    np.where(big_b == 1, 1, -big_b),
+                )
     if dtype == "float16":  # f32 and bf16 may flush what lies below their normal range, f16 may not
         yield "subnormal f16 operands", ones * 2.0**-20, ones
     for kind in range(12):
@@ -146,13 +150,20 @@ def _probes(terms: int, dtype: str, rng) -> Iterator[tuple[str, np.ndarray, np.n
         yield f"random {kind}", a, b
 
 
-def dot_figure(dtype: str, terms: int, rows: int, contract: tuple[int, int], seed: int = 0) -> Figure:
+def dot_figure(
+    dtype: str,
+    terms: int,
+    rows: int,
+    contract: tuple[int, int],
+    seed: int = 0,
+    dot: Callable[..., Any] | None = None,
+) -> Figure:
     """The roundoff of one dot as the kernel calls it: error / (terms * sum |a b|), over all probes.
 
     Each probe fills a row of `a`; the probed vector fills every column of `b`, so vector lanes and edges are all seen.
     """
     rng = np.random.default_rng(seed)
-    program = jax.jit(lambda a, b: xla.dot(a, b, contract, dtype))
+    program = jax.jit(lambda a, b: (dot or xla.dot)(a, b, contract, dtype))
     worst, at, seen = 0.0, "", 0
     for name, x, y in _probes(terms, dtype, rng):
         x, y = (v.astype(jnp.dtype(dtype)) for v in (x, y))

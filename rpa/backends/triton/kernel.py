@@ -198,7 +198,7 @@ def _mask(x, hi, lo, keys, WINDOW: tl.constexpr):
 
 @triton.jit
 def _page_ids(table, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The pages of keys first .. first + BLOCK_N before `end`: one id where a block lies in one page, else [BLOCK_N]."""
+    """The pages of BLOCK_N keys from `first` to `end`: one id where a block lies in one page, else [BLOCK_N]."""
     n = tl.arange(0, BLOCK_N)
     if PAGE % BLOCK_N == 0:
         page = tl.load(table + first // PAGE, mask=first < end, other=0)

@@ -187,12 +187,12 @@ def _bound(signature: Signature, tiles: dict[str, Any], split: dict[str, Any]) -
 
 
 def _combine(signature, config, shared: dict[str, Any], tiles: dict[str, Any], split: dict[str, Any]) -> Launch:
-    """One program a sequence and head; as many splits at once as registers hold."""
+    """One program a sequence and head, of one warp, so that no sum crosses warps; as many splits at once as fit."""
     keep = {name: tiles[name] for name in ("SHORT_Q", "SHORT_N", "ALIGN")}
     chunk = max(1, min(pow2(split["MAX_SPLITS"]), 4096 // shared["D_PAD"]))
     return Launch(
         grid=(signature.max_seqs, signature.num_q_heads),
         constants=shared | keep | split | {"CHUNK": chunk},
-        num_warps=config.option("combine_warps", 4),
+        num_warps=config.option("combine_warps", 1),
         num_stages=1,
     )
