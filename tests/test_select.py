@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_call
+from jax.sharding import Mesh
 
 import rpa
 from rpa import (
@@ -427,6 +428,26 @@ def test_forms_of_the_same_count_give_the_same_bits():
         for _ in range(2)  # cold, then warm
     ]
     assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
+def test_metadata_on_the_host_or_the_device_give_the_same_bits():
+    call = small_call.arguments()
+    names = ("context_lens", "block_tables", "query_start_loc", "num_seqs")
+    host = {name: np.asarray(call[name]) for name in names}
+    plain = np.asarray(ragged_page_attention_v2(**call))
+    some = {name: host[name] for name in names[:2]}
+    wide = {name: array.astype(np.int64) for name, array in host.items()}
+    for forms in (host, some, wide, {**host, "num_seqs": 3}):
+        for _ in range(2):  # cold, then warm
+            assert np.array_equal(ragged_page_attention_v2(**{**call, **forms}), plain)
+
+
+@pytest.mark.parametrize("over", [{}, {"mesh": Mesh(np.array(jax.devices()[:1]), ("tp",))}], ids=["alone", "mesh"])
+def test_a_warm_call_selects_nothing(over, monkeypatch):
+    call = small_call.arguments()
+    first = ragged_page_attention_v2(**call, **over)
+    monkeypatch.setattr(select, "choose", None)
+    assert np.array_equal(ragged_page_attention_v2(**call, **over), first)
 
 
 def test_the_lowered_text_carries_backend_and_config():
