@@ -113,7 +113,7 @@ class PersistentCache:
         dumper: Callable[[Any], Any] | None = None,
     ) -> None:
         self.opname = opname
-        self._path = None if path is None else Path(path).expanduser()
+        self._path = None if path is None else Path(os.path.expanduser(path))
         self._loader = loader
         self._dumper = dumper or _plain
         self._read: tuple[Any, dict[str, Any]] = (None, {})  # stamp of the file, its entries
@@ -123,7 +123,7 @@ class PersistentCache:
         """The file, found anew at each use since the environment may change."""
         if self._path is None:
             return settings.cache_dir() / f"{self.opname}.json"
-        return self._path / f"{self.opname}.json" if self._path.is_dir() else self._path
+        return self._path / f"{self.opname}.json" if os.path.isdir(self._path) else self._path
 
     def get(self, device: str, op: str, key: str) -> Any | None:
         """The stored config, or None; an entry that is no config is a warning and None."""
@@ -159,7 +159,7 @@ class PersistentCache:
             with FileLock(f"{path}.lock", timeout=_PATIENCE):  # its Timeout is an OSError
                 entries = {} if replace else _current(path)
                 _write(path, {**entries, **added})
-        except (OSError, ValueError, NotImplementedError, ImportError) as error:
+        except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
             _warn(f"{path}: configs are not stored, and are found anew in the next process: {error}")
             return False
         PersistentCache.generation += 1
@@ -209,7 +209,7 @@ def parse(text: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({error})") from None
     if not isinstance(data, dict) or not isinstance(data.get("entries"), dict) or "schema" not in data:
         raise ValueError("it is JSON, but no store of rpa")

@@ -53,7 +53,7 @@ def test_the_file_names_its_schema_and_the_versions_that_wrote_it(store):
 @pytest.mark.parametrize(
     "text",
     ["", "{", '{"schema": 1, "entries": {"d|o|k": {"conf', "[]", "3", "null", '{"entries": {}}', '{"schema": 1}',
-     '{"schema": 0, "entries": {}}', '{"schema": "1", "entries": {}}', "\x00\x01"],
+     "[" * 100_000, "\ufeff{}", '{"schema": 0, "entries": {}}', '{"schema": "1", "entries": {}}', "\x00\x01"],
 )  # fmt: skip
 def test_a_broken_or_foreign_file_is_a_warning_and_a_miss_and_is_set_aside_by_the_next_put(store, text):
     store.path.write_text(text)
@@ -222,13 +222,18 @@ def test_a_file_that_nobody_may_look_at_is_one_warning(store, monkeypatch, name)
         raise PermissionError(13, "Permission denied")
 
     again = _again(store)
-    monkeypatch.setattr(Path, "is_dir", lambda path: False)
     monkeypatch.setattr(Path, "read_text", refuse)
     if name == "stat":
         monkeypatch.setattr(Path, "stat", refuse)
     with pytest.warns(RuntimeWarning, match="Permission denied"):
         assert again.get("d", "o", "k") is None
     assert again.get("d", "o", "k") is None
+
+
+def test_a_config_that_is_no_data_is_a_warning(store):
+    with pytest.warns(RuntimeWarning, match=r"are not stored.*not JSON serializable"):
+        store.put("d", "o", "k", object())
+    assert not store.path.exists()
 
 
 def test_a_folder_in_the_files_place_is_a_warning_and_a_miss(tmp_path):
