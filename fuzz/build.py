@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fuzz.plan import TYPES, Plan, Shape
+from fuzz.plan import ROUNDED, TYPES, Plan, Shape
 from oracle import Case
 
 _POOL = 1 << 19
@@ -239,16 +239,20 @@ def _spikes(
 
 
 def _cliffs(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, scale: float) -> None:
-    """Logits of about 120 at the keys that some rows of a tile see and others must not: nothing else survives there."""
+    """Logits of about 120 at the keys that some rows of a tile see and others must not: nothing else survives there.
+
+    Lower where the dots' operands are narrow, and where they are rounded: there would be no bound left to judge by.
+    """
+    rise = 25 if plan.shape.types in ROUNDED else 120 if TYPES[plan.shape.types][2] == "float32" else 60
     for s, low, high in layout.spans:
         rows, start = plan.lengths[s][0], int(layout.starts[s])
         for key, row in (
             (high - 1, start),
             (low, start + rows - 1),
         ):  # the future of one, before the window of the other
-            rise = 120 * _toward(plan, queries, row, scale)
-            largest = np.abs(rise).max(axis=-1, keepdims=True)
-            keys[_slots(plan, layout, s, np.array([key]))] += rise * np.minimum(1, 2000 / largest)  # float16 holds it
+            q = queries[row, :: plan.shape.group]  # [Hkv, D]
+            square = np.maximum(np.sum(q * q, axis=-1, keepdims=True), plan.shape.head_dim / 4)
+            keys[_slots(plan, layout, s, np.array([key]))] += np.float32(rise / scale) * q / square
 
 
 def boundaries(shape: Shape, length: tuple[int, int], low: int, high: int) -> np.ndarray:

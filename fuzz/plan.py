@@ -22,6 +22,8 @@ TYPES = {
     "e5m2": ("float32", "float8_e5m2", "float32"),
     "int8": ("bfloat16", "int8", "bfloat16"),
 }
+# Where a kernel rounds the operands of its dots: large logits would leave no bound to judge by.
+ROUNDED = frozenset({"f32_as_bf16", "e4m3", "int8"})
 PAGES = (1, 3, 4, 8, 16, 32)
 KV_HEADS = (1, 2, 3)
 GROUPS = (1, 2, 3, 4, 8)

@@ -13,7 +13,7 @@ from oracle.relations import RELATIONS, Expectation, Relation
 from oracle.relations import check as broken
 
 # These change what a compiled kernel is compiled for, so only the few shapes of so many rows are asked.
-_RECOMPILED_ROWS = 44
+RECOMPILED_ROWS = 44
 _RECOMPILE = frozenset({"wide_window", "no_sink"})
 # Judged by `second_fill` and `repeat` already.
 _ELSEWHERE = frozenset({"repeat", "unowned_contents"})
@@ -42,7 +42,7 @@ def pick(plan: Plan, case: Case) -> tuple[Relation, Expectation] | None:
     """The first relation, from a place that the seed decides, that applies without a new static shape."""
     for turn in range(len(USED)):
         relation = USED[(plan.seed + turn) % len(USED)]
-        if relation.name in _RECOMPILE and plan.shape.tokens != _RECOMPILED_ROWS:
+        if relation.name in _RECOMPILE and plan.shape.tokens != RECOMPILED_ROWS:
             continue
         expectation = relation.apply(case, plan.seed)
         if expectation is not None and (fitting := _same_shape(expectation, case)) is not None:

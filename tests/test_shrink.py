@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fuzz.shrink import Shrunk, fitted, same_symptom, shrink, size
 
 ROOT = Path(__file__).parents[1]
 # One of each family, and of each kind of failure.
-SAMPLE = ("causal_plus1", "identity", "no_max", "v_scale_ignored", "no_lse", "nondeterministic")
+SAMPLE = ("causal_plus1", "identity", "no_max", "v_scale_ignored", "no_lse", "lse_base2", "nondeterministic")
 
 # Wrong only when there is another sequence, or thousands of tokens.
 NEEDS_MORE = {"next_len", "row_next", "row0", "table_width_as_seqs", "q_start_off", "last_seq_skipped", "uniform_qlen",
@@ -40,7 +41,7 @@ def first_failure(name: str) -> tuple[Plan, Judgement]:
 @cache
 def smallest(name: str) -> Shrunk:
     plan, judgement = first_failure(name)
-    return shrink(plan, model_target(BY_ID[name]), judgement)
+    return shrink(plan, model_target(BY_ID[name]), judgement, clock=time.process_time)
 
 
 def is_small(shrunk: Shrunk) -> bool:
@@ -65,7 +66,9 @@ def test_the_diagnosis_names_the_family(name: str) -> None:
     assert found.family == BY_ID[name].group, found
 
 
-@pytest.mark.parametrize("name", ["causal_plus1", "v_scale_ignored", "nondeterministic"])
+@pytest.mark.parametrize(
+    "name", ["causal_plus1", "v_scale_ignored", "dead_rows_garbage", "lse_base2", "nondeterministic"]
+)
 def test_the_reproducer_is_short_runs_alone_and_says_what_is_wrong(name: str, tmp_path: Path) -> None:
     small, target = smallest(name), model_target(BY_ID[name])
     leave(tmp_path, small.plan, target, small.judgement, diagnose([small.plan], target, small.judgement))
@@ -113,7 +116,7 @@ def test_nine_in_ten_failures_shrink_to_one_sequence_of_eight_tokens_and_are_exp
     for mutant in judged:
         shrunk = smallest(mutant.id)
         found = diagnose([shrunk.plan, first_failure(mutant.id)[0]], model_target(mutant), shrunk.judgement)
-        assert shrunk.seconds <= 21, mutant.id
+        assert shrunk.seconds <= 21, mutant.id  # of this process's CPU
         small += is_small(shrunk)
         explained += found.family == mutant.group
     assert small >= 0.9 * len(judged), small

@@ -1,0 +1,88 @@
+"""Right kernels of unusual build, none of which the search was made with: it must accuse none of them.
+
+They have the contract's signature and declare nothing, as somebody's kernel would that is judged for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import model_kernel
+import numpy as np
+
+from oracle import Case
+from oracle.case import Sequence, dtype_of, visible
+
+
+def _case(arrays: tuple, options: dict[str, Any]) -> Case:
+    queries, pages, contexts, tables, offsets, num_seqs, sinks = arrays
+    return Case(queries, pages, contexts, tables, offsets, int(num_seqs[0]), sinks, **options)
+
+
+def styled(**style: Any) -> Callable[..., np.ndarray]:
+    """A blocked kernel of a style of `model_kernel`; weights are rounded to the dots' dtype."""
+
+    def kernel(*arrays: Any, **options: Any) -> np.ndarray:
+        case = _case(arrays, options)
+        weights = model_kernel.operand_dtype(case)
+        return model_kernel.run(case, model_kernel.Style(weights=weights, **style))[0]
+
+    return kernel
+
+
+def _rows(case: Case) -> Iterator[tuple[int, int, Sequence, int, int]]:
+    """(row, query head, sequence, first key, one past the last) of every row that sees a key."""
+    for sequence in case.sequences():
+        for row, position in zip(range(sequence.start, sequence.stop), sequence.positions, strict=True):
+            low, high = visible(int(position), sequence.context_len, case.sliding_window)
+            for head in range(case.num_q_heads) if high > low else ():
+                yield row, head, sequence, low, high
+
+
+def one_row(case: Case, row: int, head: int, sequence: Sequence, low: int, high: int, dtype: Any):
+    """Logits [n] (the sink last, where there is one) and values [n, D] of one row, in `dtype` throughout."""
+    dots, kv = dtype_of(model_kernel.operand_dtype(case)), head // case.group
+    index = np.arange(low, high)
+    slots = case.kv_pages[sequence.pages[index // case.page_size], index % case.page_size]
+    k, v = (slots[:, 2 * kv + i].astype(dots).astype(dtype) for i in (0, 1))
+    scales = (np.broadcast_to(1.0 if s is None else s, case.num_kv_heads) for s in (case.k_scale, case.v_scale))
+    k_scale, v_scale = (float(scale[kv]) for scale in scales)
+    x = k @ case.queries[row, head].astype(dots).astype(dtype) * dtype(case.scale) * dtype(k_scale)
+    if case.logits_soft_cap is not None:
+        x = dtype(case.logits_soft_cap) * np.tanh(x / dtype(case.logits_soft_cap))
+    sink = [] if case.softmax_aux is None else [dtype(case.softmax_aux[head])]
+    return np.concatenate([x, np.array(sink, dtype)]), v * dtype(v_scale)
+
+
+def one_pass(*arrays: Any, **options: Any) -> np.ndarray:
+    """A row at a time, all its keys at once, the weights divided before they meet the values."""
+    case = _case(arrays, options)
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, *span in _rows(case):
+        x, v = one_row(case, row, head, *span, dtype=np.float32)
+        p = np.exp(x - x.max())
+        output[row, head] = ((p / p.sum())[: len(v)] @ v).astype(output.dtype)
+    return output
+
+
+def two_passes_in_float64(*arrays: Any, **options: Any) -> np.ndarray:
+    """The maximum first, then the weights, everything in float64, keys from the last to the first."""
+    case = _case(arrays, options)
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, *span in _rows(case):
+        x, v = one_row(case, row, head, *span, dtype=np.float64)
+        p = np.exp(x - x.max())
+        total = sum(p[j] * v[j] for j in reversed(range(len(v))))
+        output[row, head] = (total / p[::-1].sum()).astype(output.dtype)
+    return output
+
+
+KERNELS: dict[str, Callable[..., np.ndarray]] = {
+    "block 7, split 3, last block first": styled(block=7, splits=3, reverse=True),
+    "block 33, base 2, scaled queries": styled(block=33, base2=True, sink_first=True, scale_query=True),
+    "block 1, sequential sums": styled(block=1, sequential=True),
+    "rounded weights in the sum": styled(block=100, rounded_weights_in_sum=True, scales_on_operands=True),
+    "one pass": one_pass,
+    "two passes in float64": two_passes_in_float64,
+}
