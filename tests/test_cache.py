@@ -54,6 +54,7 @@ def test_the_file_names_its_schema_and_the_versions_that_wrote_it(store):
     "text",
     ["", "{", '{"schema": 1, "entries": {"d|o|k": {"conf', "[]", "3", "null", '{"entries": {}}', '{"schema": 1}',
      "[" * 100_000, "\ufeff{}", '{"schema": 0, "entries": {}}', '{"schema": "1", "entries": {}}', "\x00\x01"],
+    ids=lambda text: repr(text[:24]),
 )  # fmt: skip
 def test_a_broken_or_foreign_file_is_a_warning_and_a_miss_and_is_set_aside_by_the_next_put(store, text):
     store.path.write_text(text)
