@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,7 +41,7 @@ class Query:
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
-    general: str = ""  # the stem of the like call on one device and any platform, as shipped tables have it
+    like: Sequence[str] = ()  # stems of like calls whose shipped config serves this one too
 
     @property
     def key(self) -> str:
@@ -155,10 +156,12 @@ class ConfigSelectorChain:
 
     def _shipped(self, query: Query) -> Lookup:
         table = cache.shipped(query.device)
-        entry = table.get(f"{query.op}|{query.stem}") or table.get(f"{query.op}|{query.general}")
-        if entry is None:
+        names = (f"{query.op}|{stem}" for stem in (query.stem, *query.like))
+        name = next((name for name in names if name in table), None)
+        if name is None:
             return None, f"the tables that ship hold nothing for it on {query.device}"
-        found = cache.config_of(entry, f"the table that ships for {query.device}: {query.stem!r}")
+        entry = table[name]
+        found = cache.config_of(entry, f"the table that ships for {query.device}: {name!r}")
         return self._usable(query, found, f"it ships: {entry.get('note', '')}" if found else "")
 
     def _usable(self, query: Query, found: Any, reason: str) -> Lookup:
@@ -321,8 +324,15 @@ def query_of(
         judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
-        general=stem(signature, "auto", "none"),
+        like=[stem(likeness, "auto", "none") for likeness in _other_pages(signature)],
     )
+
+
+def _other_pages(signature: Signature) -> Iterator[Signature]:
+    """The same call, then those of as many tokens in pages of other sizes, nearest first: GPU blocks are in tokens."""
+    sizes = (16, 32, 64, 128, 256)
+    for page in sorted({signature.page_size, *sizes}, key=lambda size: abs(math.log(size / signature.page_size))):
+        yield replace(signature, page_size=page, pages_per_seq=-(-signature.capacity // page))
 
 
 def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> str | None:

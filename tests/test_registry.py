@@ -290,6 +290,8 @@ def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
     assert select.choose(decode, H200, "triton", None).config == choice.config
     assert select.choose(decode, H200, "auto", None, sharding="heads:4").config == choice.config
     assert select.choose(decode, H200, "xla", None).source == "heuristic"
+    large = replace(decode, page_size=256, pages_per_seq=32)  # the same tokens; no table holds pages of 256
+    assert select.choose(large, H200, "auto", None).source == "shipped"
     assert select.choose(decode, Device("gpu", "NVIDIA A100", (8, 0)), "auto", None).source == "heuristic"
 
 
