@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,7 +41,7 @@ class Query:
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
-    like: Sequence[str] = ()  # stems of like calls whose shipped config serves this one too
+    like: Callable[[], Iterable[str]] = tuple  # stems of like calls whose shipped config serves this one too
 
     @property
     def key(self) -> str:
@@ -156,7 +156,7 @@ class ConfigSelectorChain:
 
     def _shipped(self, query: Query) -> Lookup:
         table = cache.shipped(query.device)
-        names = (f"{query.op}|{stem}" for stem in (query.stem, *query.like))
+        names = (f"{query.op}|{stem}" for stem in (query.stem, *query.like()))
         name = next((name for name in names if name in table), None)
         if name is None:
             return None, f"the tables that ship hold nothing for it on {query.device}"
@@ -324,7 +324,7 @@ def query_of(
         judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
-        like=[stem(likeness, "auto", "none") for likeness in _other_pages(signature)],
+        like=lambda: [stem(likeness, "auto", "none") for likeness in _other_pages(signature)],
     )
 
 
