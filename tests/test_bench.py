@@ -176,8 +176,15 @@ def test_records_of_two_devices_are_not_compared():
 
 
 def test_noise_is_told_by_the_samples():
-    calm, busy = Timing.of([1.0, 1.001, 1.002, 1.003]), Timing.of([1.0, 1.3, 1.6, 1.9])
-    assert calm.spread < 0.05 < busy.spread
+    calm, busy = [1.0, 1.001, 1.002, 1.003], [1.0, 1.3, 1.6, 1.9]
+    for of in (Timing.least, Timing.middle):
+        assert of(calm).spread < 0.05 < of(busy).spread
+
+
+def test_one_lucky_kernel_is_no_speed():
+    lucky = [0.5, *[1.0] * 9]
+    assert Timing.middle(lucky).seconds == 1.0
+    assert Timing.least(lucky).seconds == 0.5
 
 
 def test_slowdown_that_hides_in_the_noise_of_each_cell_is_told_by_their_mean():

@@ -15,18 +15,25 @@ _BLOCKS = 8  # a run of samples is cut into this many, whose minima tell how far
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the least of many samples, since a busy machine only ever adds time, and its spread."""
+    """Seconds of one call, and what two runs of the same program may differ by, as a fraction of them."""
 
     seconds: float
-    spread: float  # (median of the minima of consecutive blocks of samples - seconds) / seconds
+    spread: float
     samples: int
     launches: int | None = None  # kernels of one call, where they can be counted
 
     @classmethod
-    def of(cls, samples: Sequence[float], launches: int | None = None) -> Timing:
+    def least(cls, samples: Sequence[float]) -> Timing:
+        """Of wall times: a busy machine only ever adds. The spread is that of the minima of consecutive blocks."""
         least = min(samples)
         minima = [block.min() for block in np.array_split(np.asarray(samples), _BLOCKS) if block.size]
-        return cls(float(least), float((np.median(minima) - least) / least), len(samples), launches)
+        return cls(float(least), float((np.median(minima) - least) / least), len(samples))
+
+    @classmethod
+    def middle(cls, samples: Sequence[float], launches: int | None = None) -> Timing:
+        """Of kernel times, which err both ways: a luckily warm cache is no speed. The spread is half the quartiles'."""
+        low, middle, high = np.quantile(samples, [0.25, 0.5, 0.75])
+        return cls(float(middle), float((high - low) / 2 / middle), len(samples), launches)
 
 
 def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float = 0.8, at_least: int = 24) -> Timing:
@@ -40,7 +47,7 @@ def wall(function: Callable[..., Any], arguments: Sequence[tuple], budget: float
         begin = time.perf_counter()
         jax.block_until_ready(function(*args))
         samples.append(time.perf_counter() - begin)
-    return Timing.of(samples)
+    return Timing.least(samples)
 
 
 def kernels(
@@ -63,14 +70,14 @@ def kernels(
         timings = _traced(function, calls, ready)
         launches, odd = divmod(len(timings), len(calls))
         if launches and not odd:  # one program launches the same kernels in each call
-            return Timing.of([sum(timings[i : i + launches]) for i in range(0, len(timings), launches)], launches)
+            return Timing.middle([sum(timings[i : i + launches]) for i in range(0, len(timings), launches)], launches)
     samples, launches = [], None
     for args in calls:
         time.sleep(rest)
         timings = _traced(function, [args], ready)
         samples.append(sum(timings))
         launches = len(timings)
-    return Timing.of(samples, launches)
+    return Timing.middle(samples, launches)
 
 
 def _traced(function: Callable[..., Any], calls: Sequence[tuple], ready: Callable[[Any], Any]) -> list[float]:
