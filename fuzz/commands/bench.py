@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +27,6 @@ def bench(
     A case that the oracle does not pass has no number. Exit codes: 0, 1 a regression or a failed case, 2 usage,
     3 nothing was timed.
     """
-    # The oracle judges rows abreast: NumPy's own threads would fight over the same cores.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from fuzz.bench import session
 
     raise typer.Exit(session.main(json, html, compare, platform or [], only, peers, history or [], resume))
