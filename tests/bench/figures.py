@@ -55,7 +55,27 @@ def h200() -> str:
     return "\n".join(lines) + "\n"
 
 
-FIGURES = {"cpu": cpu, "h200": h200}
+def peers() -> str:
+    """Every contender of `rpa bench` on the H200, microseconds; "-" where it cannot, or its answer is not right."""
+    record = json.loads((RECORDS / "h200_bench_2026-11-22.json").read_text())
+    names = {"pallas_gpu": "Mosaic GPU", "triton": "Triton", "peer:fa3 scheduled": "FA3", "peer:flashinfer fa2": "FlashInfer",
+             "peer:vllm": "vLLM", "peer:jax paged": "JAX", "peer:ejkernel": "ejkernel"}  # fmt: skip
+    results = [r for run in record["runs"] for r in run["results"]]
+    times = {(r["cell"], r["backend"]): r["seconds"] for r in results}
+    lines = [
+        f"{record['date']}, one H200, microseconds on the device of each contender in the same run, floor first.",
+        "",
+        f"| cell | floor | {' | '.join(names.values())} |",
+        "|---|" + "---|" * (len(names) + 1),
+    ]
+    for cell, floor in {r["cell"]: r["floor"] for r in results}.items():
+        row = [times.get((cell, backend)) for backend in names]
+        figures = " | ".join("-" if seconds is None else f"{seconds * 1e6:,.{seconds < 1e-4:d}f}" for seconds in row)
+        lines.append(f"| `{cell.removesuffix('/bfloat16')}` | {floor * 1e6:,.1f} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+FIGURES = {"cpu": cpu, "h200": h200, "peers": peers}
 
 
 def filled(text: str) -> str:
