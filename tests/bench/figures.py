@@ -58,8 +58,9 @@ def h200() -> str:
 def peers() -> str:
     """Every contender of `rpa bench` on the H200, microseconds; "-" where it cannot, or its answer is not right."""
     record = json.loads((RECORDS / "h200_bench_2026-11-22.json").read_text())
-    names = {"pallas_gpu": "Mosaic GPU", "triton": "Triton", "peer:fa3 scheduled": "FA3", "peer:flashinfer fa2": "FlashInfer",
-             "peer:vllm": "vLLM", "peer:jax paged": "JAX", "peer:ejkernel": "ejkernel"}  # fmt: skip
+    ours = {"pallas_gpu": "Mosaic GPU", "triton": "Triton"}
+    theirs = {"peer:fa3 scheduled": "FA3", "peer:flashinfer fa2": "FlashInfer", "peer:vllm": "vLLM"}
+    names = ours | theirs | {"peer:jax paged": "JAX", "peer:ejkernel": "ejkernel"}
     results = [r for run in record["runs"] for r in run["results"]]
     times = {(r["cell"], r["backend"]): r["seconds"] for r in results}
     lines = [
