@@ -10,18 +10,27 @@ over sequences or pages, and dead sequences cost nothing.
 Metadata is not trusted: a sequence whose offsets or context are invalid gets no keys and NaN rows, page ids are
 clamped into the pool before they address anything, and a sequence with a live page id outside the pool gets NaN rows.
 
-Page offsets are 64 bits wide. Weights and logits live in base 2: `exp(x)` is `exp2(x * log2(e))`.
+Page offsets are 64 bits wide. Weights and logits live in base 2: `exp(x)` is `exp2(x * log2(e))`. Arguments in upper
+case are compile-time constants.
 
 Tried on an H200 and left out (us, the kept form first; Llama-8B shapes unless said):
 - masking every block instead of edge blocks in a branch: prefill 1 x 8k 1302 -> 1403;
-- blocks of 128 keys in prefill 1302 -> 1414 (spills); two programs of 128 registers a multiprocessor 1302 -> 1384;
-- one item a program in prefill 16 x 2k 1559 -> 1738, since each then surveys the metadata again;
+- blocks of 128 keys in prefill 1302 -> 1414 (spills); two programs of 128 registers a multiprocessor, blocks of 64
+  keys 1302 -> 1384, of 32 keys 1158 -> 1245 (16 x 2k 1499 -> 1771, mixed 974 -> 1172);
+- one item a program in prefill 16 x 2k 1559 -> 1738, since each then surveys the metadata again; 264 programs instead
+  of 2112 gain 1.5 % there (1515 -> 1486), and leave nothing to balance a ragged batch with;
 - issuing the next block's first product before this block's softmax: Triton then waits for both products and loads
-  without pipelining (seen in its IR, not timed);
+  without pipelining (seen in its IR, not timed); `warp_specialize` changes nothing on sm_90 without tensor
+  descriptors, which cannot gather 16-row pages (seen in its IR);
 - five stages in decode b64 x 8k 521 -> 750 and blocks of 128 keys 521 -> 604: fewer programs share a multiprocessor;
 - a register limit of 168 in decode 497 -> 584;
-- a row sum reduced in every block of decode (b8 x 8k, two warps) 75.5 -> 85.4, hence the lazy sum;
-- 64-row tiles in prefill 1302 -> 1427, but right for batches of decodes and chunks 1189 -> 1165.
+- a row sum reduced in every block of decode (b8 x 8k, two warps) 75.5 -> 85.4, hence the sum a column;
+- 64-row tiles in prefill 1302 -> 1427, but right for batches of decodes and chunks 1189 -> 1165;
+- Gemma's prefill with blocks of 32 keys and three stages instead of 64 and two 1344 -> 1445;
+- the combine with 2, 4 or 8 warps instead of one (70B TP8 b1 x 32k) 13.4 -> 25.0, 16.5, 19.7;
+- 64 or 128 splits of 70B TP8 b1 x 8k instead of 32: 10.7 -> 11.3, 12.2; 16 splits 10.6 -> 13.7.
+What paid: a page's number and a key's place in it without a division in the loop (blocks start with a page), prefill
+1 x 8k 1302 -> 1158; one factor a row in place of a division and two selections an element at the end.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false, reportOperatorIssue=false
@@ -43,10 +52,7 @@ def _max(a, b):
 
 
 @triton.jit
-def _splits(
-    context, q_len, live, WINDOW: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, SHORTEST: tl.constexpr,
-    FINE: tl.constexpr, LONGEST: tl.constexpr, SPLITS: tl.constexpr, ITEMS: tl.constexpr,
-):  # fmt: skip
+def _splits(context, q_len, live, WINDOW, ALIGN, BLOCK, SHORTEST, FINE, LONGEST, SPLITS, ITEMS):
     """First key (a multiple of ALIGN), keys a split (of BLOCK) and splits of a short sequence; scalars or vectors.
 
     At most SPLITS of them, FINE of SHORTEST keys or any number of four times that; more where one would have more than
@@ -71,11 +77,8 @@ def _splits(
 
 @triton.jit
 def _survey(
-    query_start_loc, context_lens, num_seqs,
-    T: tl.constexpr, S: tl.constexpr, S_PAD: tl.constexpr, CAPACITY: tl.constexpr, WINDOW: tl.constexpr,
-    SHORT_Q: tl.constexpr, LONG_Q: tl.constexpr, HAS_LONG: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
-    SPLITS: tl.constexpr, ITEMS: tl.constexpr,
+    query_start_loc, context_lens, num_seqs, T, S, S_PAD, CAPACITY, WINDOW, SHORT_Q, LONG_Q, HAS_LONG, ALIGN,
+    SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS,
 ):  # fmt: skip
     """Inclusive prefix sums of short and of long items, first rows [S_PAD each]; first and last owned row; live count.
 
@@ -110,7 +113,7 @@ def _survey(
 
 
 @triton.jit
-def _find(sums, index, S_PAD: tl.constexpr):
+def _find(sums, index, S_PAD):
     """The sequence an item belongs to, and the item's number within it."""
     before = sums <= index
     sequence = tl.sum(before.to(tl.int32), 0)
@@ -118,14 +121,14 @@ def _find(sums, index, S_PAD: tl.constexpr):
 
 
 @triton.jit
-def _peek(table, first, last, CHUNK: tl.constexpr):
+def _peek(table, first, last, CHUNK):
     """The first CHUNK entries of table[first:last], asked for early and looked at late."""
     entry = first + tl.arange(0, CHUNK)
     return tl.load(table + entry, mask=entry < last, other=0)
 
 
 @triton.jit
-def _any_bad_page(peeked, table, first, last, P: tl.constexpr, CHUNK: tl.constexpr):
+def _any_bad_page(peeked, table, first, last, P, CHUNK):
     """1 when an entry of table[first:last] lies outside the pool; an empty range has none."""
     bad = ((peeked < 0) | (peeked >= P)) & (first + tl.arange(0, CHUNK) < last)
     for at in tl.range(first + CHUNK, last, CHUNK, num_stages=1):
@@ -145,7 +148,7 @@ def _tanh(y):
 
 
 @triton.jit
-def _logits(scores, scale, CAP: tl.constexpr):
+def _logits(scores, scale, CAP):
     """Base-2 logits of raw scores."""
     if CAP > 0:
         return _tanh(scores * scale) * (CAP * LOG2E)
@@ -153,19 +156,16 @@ def _logits(scores, scale, CAP: tl.constexpr):
 
 
 @triton.jit
-def _fold(
-    scores, v, acc, m, l, scale, hi, lo, keys, edge,
-    CAP: tl.constexpr, FUSED: tl.constexpr, WINDOW: tl.constexpr, ALWAYS_MASK: tl.constexpr, LAZY: tl.constexpr,
-):  # fmt: skip
+def _fold(scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, SHORT):
     """One step of the online softmax. FUSED: a plain positive scale, applied inside the exponent's multiply-add.
 
-    LAZY keeps a sum for every column, which spares narrow tiles a reduction across warps in each step.
+    SHORT tiles mask every block, and keep a sum for every column, which spares them a reduction across warps a step.
     """
     if FUSED:
         x = scores
     else:
         x = _logits(scores, scale, CAP)
-    if ALWAYS_MASK:
+    if SHORT:
         x = _mask(x, hi, lo, keys, WINDOW)
     else:
         if edge:
@@ -179,7 +179,7 @@ def _fold(
     else:
         p = tl.math.exp2(x - new[:, None])
     keep = tl.math.exp2(m - new)
-    if LAZY:
+    if SHORT:
         l = l * keep[:, None] + p
     else:
         l = l * keep + tl.sum(p, 1)
@@ -189,7 +189,7 @@ def _fold(
 
 
 @triton.jit
-def _mask(x, hi, lo, keys, WINDOW: tl.constexpr):
+def _mask(x, hi, lo, keys, WINDOW):
     seen = keys[None, :] < hi[:, None]
     if WINDOW > 0:
         seen = seen & (keys[None, :] >= lo[:, None])
@@ -197,7 +197,7 @@ def _mask(x, hi, lo, keys, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _page_ids(table, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _page_ids(table, first, end, PAGE, BLOCK_N):
     """The pages of BLOCK_N keys from `first` to `end`: one id where a block lies in one page, else [BLOCK_N]."""
     n = tl.arange(0, BLOCK_N)
     if PAGE % BLOCK_N == 0:
@@ -212,11 +212,8 @@ def _page_ids(table, first, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _attend(
     queries, kv_pages, table, token, head, row_ok, kv_head, position, first_key, first_position, last_position,
-    begin, end, scale,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, FUSED: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALWAYS_MASK: tl.constexpr, LAZY: tl.constexpr,
-    STAGES: tl.constexpr,
+    begin, end, scale, HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, BLOCK_M, BLOCK_N, SHORT,
+    STAGES,
 ):  # fmt: skip
     """Fold the keys [begin, end) of one sequence into a tile of rows.
 
@@ -240,7 +237,7 @@ def _attend(
     STRIDE: tl.constexpr = 2 * HKV * D  # elements between two slots of a page
     keys_base = kv_pages + kv_head * (2 * D)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M, BLOCK_N] if LAZY else [BLOCK_M], tl.float32)
+    l = tl.zeros([BLOCK_M, BLOCK_N] if SHORT else [BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     for block in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         keys = block + n
@@ -263,8 +260,8 @@ def _attend(
         edge = block + BLOCK_N > open_hi
         if WINDOW > 0:
             edge = edge | (block < open_lo)
-        acc, m, l = _fold(scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, ALWAYS_MASK, LAZY)
-    if LAZY:
+        acc, m, l = _fold(scores, v, acc, m, l, scale, hi, lo, keys, edge, CAP, FUSED, WINDOW, SHORT)
+    if SHORT:
         l = tl.sum(l, 1)
     if PAGE % BLOCK_N != 0:
         bad = tl.max(bad, 0)
@@ -273,9 +270,8 @@ def _attend(
 
 @triton.jit
 def _close(
-    acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_V_SCALE: tl.constexpr, WRITE_LSE: tl.constexpr,
+    acc, m, l, bad, token, head, row_ok, output, lse, sinks, v_scale, HQ, HKV, D, D_PAD, HAS_SINKS, HAS_V_SCALE,
+    WRITE_LSE,
 ):  # fmt: skip
     """Add the sinks, divide and store; rows without keys become 0, rows of a bad sequence NaN."""
     seen = l != 0  # a NaN is seen
@@ -308,10 +304,7 @@ def _close(
 
 
 @triton.jit
-def _clear(
-    item, first, last, output, lse, T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, CLEAR: tl.constexpr,
-    WRITE_LSE: tl.constexpr,
-):  # fmt: skip
+def _clear(item, first, last, output, lse, T, HQ, D, CLEAR, WRITE_LSE):
     """Give CLEAR elements of the rows outside [first, last) their 0, and their -inf."""
     i = item.to(tl.int64) * CLEAR + tl.arange(0, CLEAR)  # elements of the rows that nobody owns, in order
     i = tl.where(i < first.to(tl.int64) * (HQ * D), i, i + (last - first).to(tl.int64) * (HQ * D))
@@ -333,10 +326,9 @@ def attend_kernel(
     HEADS: tl.constexpr, HEAD_GROUPS: tl.constexpr,
     SHORT_M: tl.constexpr, SHORT_Q: tl.constexpr, SHORT_STAGES: tl.constexpr,
     HAS_LONG: tl.constexpr, LONG_M: tl.constexpr, LONG_Q: tl.constexpr, LONG_N: tl.constexpr,
-    LONG_STAGES: tl.constexpr, LONG_MASK: tl.constexpr, LONG_ALIGN: tl.constexpr,
+    LONG_STAGES: tl.constexpr, LONG_ALIGN: tl.constexpr,
     ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
     SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
-    LAZY: tl.constexpr,
     EARLY: tl.constexpr, CLEAR: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Answer every row: items pid, pid + PROGRAMS, ... of the list of short and long tiles and rows to clear.
@@ -384,7 +376,6 @@ def attend_kernel(
                     HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
                     SHORT_M, SHORT_Q, SHORT_STAGES, ALIGN, SHORT_N, SHORTEST, FINE, LONGEST,
                     SPLITS, ITEMS, MAX_SPLITS, ROW_SLOTS,
-                    LAZY,
                 )  # fmt: skip
             else:
                 if HAS_LONG:
@@ -394,12 +385,12 @@ def attend_kernel(
                         output, lse,
                         T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
                         HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS,
-                        LONG_M, LONG_Q, LONG_N, LONG_STAGES, LONG_MASK, LONG_ALIGN,
+                        LONG_M, LONG_Q, LONG_N, LONG_STAGES, LONG_ALIGN,
                     )  # fmt: skip
 
 
 @triton.jit
-def _sequence(sequence, start, context_lens, query_start_loc, T: tl.constexpr, CAPACITY: tl.constexpr):
+def _sequence(sequence, start, context_lens, query_start_loc, T, CAPACITY):
     """One past its last row, its query length, its context, and 1 when its metadata is invalid (no queries then)."""
     begin = tl.load(query_start_loc + sequence)
     end = tl.load(query_start_loc + sequence + 1)
@@ -411,7 +402,7 @@ def _sequence(sequence, start, context_lens, query_start_loc, T: tl.constexpr, C
 
 
 @triton.jit
-def _scaled(kv_head, k_scale, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_K_SCALE: tl.constexpr):
+def _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE):
     """What a raw score is multiplied by: into base 2, or into units of the cap."""
     if CAP > 0:
         factor = tl.full([], SCALE / CAP, tl.float32)
@@ -423,10 +414,7 @@ def _scaled(kv_head, k_scale, SCALE: tl.constexpr, CAP: tl.constexpr, HAS_K_SCAL
 
 
 @triton.jit
-def _rows(
-    first_token, stop, first_head, kv_head, M: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
+def _rows(first_token, stop, first_head, kv_head, M, Q, HEADS, GROUP):
     """Token, head and liveness of a tile's rows, [M] each."""
     r = tl.arange(0, M)
     token = first_token + r // HEADS
@@ -437,17 +425,10 @@ def _rows(
 
 @triton.jit
 def _short_item(
-    sums, index, starts, live, kv_head, first_head,
-    queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
-    output, lse, part_acc, part_ml,
-    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
-    HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
-    WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
-    M: tl.constexpr, Q: tl.constexpr, STAGES: tl.constexpr,
-    ALIGN: tl.constexpr, SHORT_N: tl.constexpr, SHORTEST: tl.constexpr, FINE: tl.constexpr, LONGEST: tl.constexpr,
-    SPLITS: tl.constexpr, ITEMS: tl.constexpr, MAX_SPLITS: tl.constexpr, ROW_SLOTS: tl.constexpr,
-    LAZY: tl.constexpr,
+    sums, index, starts, live, kv_head, first_head, queries, kv_pages, context_lens, block_tables, query_start_loc,
+    sinks, k_scale, v_scale, output, lse, part_acc, part_ml, T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ,
+    SCALE, CAP, WINDOW, HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS, M, Q, STAGES, ALIGN,
+    SHORT_N, SHORTEST, FINE, LONGEST, SPLITS, ITEMS, MAX_SPLITS, ROW_SLOTS,
 ):  # fmt: skip
     """One split of a short sequence, or one narrow tile of a long one in a program without long tiles."""
     sequence, number = _find(sums, index, S_PAD)
@@ -480,7 +461,7 @@ def _short_item(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, LAZY, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, SHORT_N, True, STAGES,
     )  # fmt: skip
     bad = bad | bad_page
     if splits == 1:
@@ -501,14 +482,9 @@ def _short_item(
 
 @triton.jit
 def _long_item(
-    sums, index, starts, kv_head, first_head,
-    queries, kv_pages, context_lens, block_tables, query_start_loc, sinks, k_scale, v_scale,
-    output, lse,
-    T: tl.constexpr, HQ: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
-    HKV: tl.constexpr, S_PAD: tl.constexpr, PAGES_PER_SEQ: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_K_SCALE: tl.constexpr, HAS_V_SCALE: tl.constexpr,
-    WRITE_LSE: tl.constexpr, COMPUTE: tl.constexpr, FUSED: tl.constexpr, HEADS: tl.constexpr,
-    M: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, ALIGN: tl.constexpr,
+    sums, index, starts, kv_head, first_head, queries, kv_pages, context_lens, block_tables, query_start_loc, sinks,
+    k_scale, v_scale, output, lse, T, HQ, D, D_PAD, P, PAGE, HKV, S_PAD, PAGES_PER_SEQ, SCALE, CAP, WINDOW,
+    HAS_SINKS, HAS_K_SCALE, HAS_V_SCALE, WRITE_LSE, COMPUTE, FUSED, HEADS, M, Q, N, STAGES, ALIGN,
 ):  # fmt: skip
     """One tile of Q tokens with every key it sees; the last tiles of a sequence, which see most, come first."""
     sequence, number = _find(sums, index, S_PAD)
@@ -534,7 +510,7 @@ def _long_item(
         queries, kv_pages, table, token, head, row_ok, kv_head, first_position + tl.arange(0, M) // HEADS,
         first_key, first_position, last_position, begin, end,
         _scaled(kv_head, k_scale, SCALE, CAP, HAS_K_SCALE),
-        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, MASK, False, STAGES,
+        HQ, HKV, D, D_PAD, PAGE, P, WINDOW, CAP, FUSED, COMPUTE, M, N, False, STAGES,
     )  # fmt: skip
     bad = bad | _any_bad_page(peeked, table, first_page, last_page, P, 256)
     _close(
@@ -544,7 +520,7 @@ def _long_item(
 
 
 @triton.jit
-def _slot(token, start, sequence, SHORT_Q: tl.constexpr, ROW_SLOTS: tl.constexpr):
+def _slot(token, start, sequence, SHORT_Q, ROW_SLOTS):
     """Where a row of a short sequence keeps its splits: its own row, or a place in its sequence's SHORT_Q."""
     if ROW_SLOTS:
         return token.to(tl.int64)
@@ -591,7 +567,7 @@ def combine_kernel(
 
 
 @triton.jit
-def _merge(part_acc, part_ml, at, splits, D: tl.constexpr, D_PAD: tl.constexpr, CHUNK: tl.constexpr):
+def _merge(part_acc, part_ml, at, splits, D, D_PAD, CHUNK):
     """acc [1, D_PAD], m and l [1] of all splits of the row whose first split is number at[0]; loads leave together."""
     d = tl.arange(0, D_PAD)
     top = tl.full([], LOWEST, tl.float32)

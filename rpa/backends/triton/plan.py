@@ -18,8 +18,8 @@ ITEMS = 256  # splits times kv heads that fill the multiprocessors of one chip, 
 MOST_SPLITS = 128
 MOST_HEADS = 64  # query heads packed into a tile; a larger group takes several
 OPTIONS = (
-    "long_m", "long_n", "short_n", "short_stages", "shortest", "fine", "longest", "early", "programs", "lazy",
-    "combine_warps", "mask", "max_registers",
+    "long_m", "long_n", "short_n", "short_stages", "shortest", "fine", "longest", "early", "programs",
+    "combine_warps", "max_registers",
 )  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config) -> Plan:
         grid=(programs,),
         constants=shape | options | tiles | split | {
             "EARLY": config.option("early", 50), "CLEAR": 4096, "PROGRAMS": programs,
-            "LAZY": bool(config.option("lazy", 1)), "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature),
+            "HAS_K_SCALE": signature.k_scale, "FUSED": _fused(signature),
             "SCALE": signature.softmax_scale, "CAP": signature.logits_soft_cap or 0.0,
             "COMPUTE": signature.compute_dtype, "P": signature.num_pages,
         },
@@ -140,7 +140,7 @@ def _tiles(signature: Signature, config: RaggedPageAttentionv2Config) -> dict[st
         "SHORT_STAGES": config.option("short_stages", stages), "ALIGN": _alignment(signature.page_size, short_n),
         "HAS_LONG": signature.num_tokens > signature.max_seqs,
         "LONG_M": long_m, "LONG_Q": long_m // heads, "LONG_N": long_n, "LONG_STAGES": stages,
-        "LONG_ALIGN": _alignment(signature.page_size, long_n), "LONG_MASK": bool(config.option("mask", 0)),
+        "LONG_ALIGN": _alignment(signature.page_size, long_n),
     }  # fmt: skip
 
 
