@@ -7,6 +7,7 @@ begun again, so no case repeats, and at most the case in flight is lost.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import time
 from collections import Counter
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import corpus
-from fuzz.coverage import Coverage
+from fuzz.coverage import Coverage, Feature
 from fuzz.isolate import Child
 from fuzz.ledger import Ledger, Waiver
 from fuzz.plan import Plan
 from fuzz.worker import Chunk, serve
 
 FIRST_CHUNK, CHUNK = 150, 600
+GRACE = 60.0  # seconds past the budget for a failure that is being shrunk
 STARTS = 3  # a worker that dies this often before its first case is no worker
 EXIT = {"pass": 0, "fail": 1, "nothing": 3, "infrastructure": 4, "interrupted": 4}
 
@@ -59,6 +61,7 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)
     worst: float = 0.0
     compiled: dict[str, int] = field(default_factory=dict)  # by session and worker
+    refused: set[Feature] = field(default_factory=set)  # features of shapes that the target does not take
     exact: int = 0
     elements: int = 0  # compared with a finite bound
     next_chunk: int = 0
@@ -78,10 +81,15 @@ class Tally:
             self.failures[line["id"]] = line
         elif kind == "gap":
             self.skipped[line["text"]] += 1
+            self.refused.update((axis, value) for axis, value in line.get("features", ()))
         elif kind == "accepts":
             self.accepted = line["texts"]
         elif kind == "case":
             self._case(line)
+
+    def pairs(self) -> tuple[int, int]:
+        """Pairs of features seen and possible, without the features that the target has refused and never taken."""
+        return self.coverage.share(frozenset(self.refused - self.coverage.count.keys()))
 
     def _case(self, line: dict[str, Any]) -> None:
         plan, status = Plan.from_json(line["plan"]), line["status"]
@@ -120,6 +128,7 @@ class Campaign:
         self.began = time.monotonic() - self.tally.seconds
         self.promised: dict[int, int] = {}  # cases handed to each worker and not yet judged
         self.flying: dict[int, Plan] = {}
+        self.reducing: dict[int, tuple[Plan, str]] = {}  # failures being shrunk: the plan, and what is wrong
         self.children: dict[int, Child] = {}
         self.deaths: Counter = Counter()
         self.shared: set[Plan] = set()
@@ -155,13 +164,34 @@ class Campaign:
             while self.children and not self._over():
                 self._step()
                 self.watch(self.tally)
+            self._end_reductions()
         except KeyboardInterrupt:
             status = "interrupted"
         finally:
             for child in self.children.values():
                 child.end()
+            for plan, text in self.reducing.values():
+                self._left_as_found(plan, text)
             self.record.close()
         return status if status == "interrupted" and not self.tally.failed else self._status()
+
+    def _end_reductions(self) -> None:
+        """A failure that is being shrunk when the budget ends is worth some seconds more: it is what was looked for."""
+        deadline = time.monotonic() + GRACE
+        while self.reducing and time.monotonic() < deadline:
+            for worker in [worker for worker in self.children if worker not in self.reducing]:
+                self.children.pop(worker).end()
+            self._step()
+            self.watch(self.tally)
+
+    def _left_as_found(self, plan: Plan, text: str) -> None:
+        """A failure whose shrinking was cut short, by Ctrl-C or a slow kernel: the case as it was drawn."""
+        name = f"unshrunk-{hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]}"
+        self._write("failure", id=name, kind="unshrunk", status="fail", text=text, diagnosis="not shrunk: stopped",
+                    family="unknown", mutant=None, plan=plan.to_json(), found=plan.to_json(),
+                    shrink_seconds=0, tried=0)  # fmt: skip
+        folder = self.settings.out / "failures" / name
+        _leave_case(folder, plan, self.settings.target, "fails on this case, which is not shrunk")
 
     def _status(self) -> str:
         if self.tally.failed or self.tally.accepted or self.ledger.complaints():
@@ -197,14 +227,17 @@ class Campaign:
         elif kind == "end":
             self.flying.pop(worker, None)
             self._judged(worker, *rest)
+        elif kind == "reducing":
+            self.reducing[worker] = rest[0], rest[1]
         elif kind == "failure":
+            self.reducing.pop(worker, None)
             self._failure(rest[0])
         elif kind == "ready":
             if rest[0] and not self.tally.accepted:
                 self._write("accepts", texts=rest[0])
             self._next(worker)
         elif kind == "gap":
-            self._write("gap", text=rest[0])
+            self._write("gap", text=rest[0], features=rest[1])
         elif kind == "barren":  # the target takes no shape of the stream
             self.children.pop(worker).end()
         elif kind == "done":
@@ -265,6 +298,8 @@ class Campaign:
         """A child that crashed or hung: the case in flight is its failure; another child goes on."""
         child, plan = self.children.pop(worker), self.flying.pop(worker, None)
         self.promised.pop(worker, None)
+        if worker in self.reducing:
+            self._left_as_found(*self.reducing.pop(worker))
         words = child.end(gently=1.0 if how == "crash" else 0.0)
         if how == "timeout":
             words = f"no answer in {self.settings.case_timeout:g} s"
@@ -283,11 +318,8 @@ class Campaign:
             self._write("failure", id=f"{how}-{words.replace(' ', '-')}", kind=how, status="fail", text=text,
                         diagnosis=how, family=how, mutant=None, plan=plan.to_json(), found=plan.to_json(),
                         shrink_seconds=0, tried=0)  # fmt: skip
-            _leave_crash(
-                self.settings.out / "failures" / f"{how}-{words.replace(' ', '-')}",
-                plan,
-                self.settings.target,
-            )
+            folder = self.settings.out / "failures" / f"{how}-{words.replace(' ', '-')}"
+            _leave_case(folder, plan, self.settings.target, "crashed or hung on this case; running it does so again")
         else:
             self.deaths[worker] += 1
         if self.deaths[worker] >= STARTS:
@@ -322,15 +354,16 @@ def read_record(out: Path) -> Tally:
     return tally
 
 
-def _leave_crash(folder: Path, plan: Plan, target: str) -> None:
-    """What a crash leaves: the case, and a script that runs it again (and so crashes)."""
+def _leave_case(folder: Path, plan: Plan, target: str, what: str) -> None:
+    """A case as it was drawn, and a script that judges it again."""
     from fuzz.build import build
     from fuzz.files import write_atomically
 
     text = (
-        f'"""{target} crashed or hung on this case; running it does so again."""\n'
-        "from pathlib import Path\n\nfrom fuzz.targets import load\nfrom oracle import Case\n\n"
-        f'print(load("{target}").run(Case.load(Path(__file__).with_name("case.npz"))))\n'
+        f'"""{target} {what}."""\n'
+        "from pathlib import Path\n\nfrom fuzz.judge import judge_case\nfrom fuzz.targets import load\n"
+        "from oracle import Case\n\n"
+        f'print(judge_case(Case.load(Path(__file__).with_name("case.npz")), load("{target}").asking(True)).text)\n'
     )
     write_atomically(folder / "case.npz", build(plan).save)
     write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
@@ -338,7 +371,7 @@ def _leave_crash(folder: Path, plan: Plan, target: str) -> None:
 
 def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None) -> dict[str, Any]:
     """The campaign in one JSON object."""
-    pairs, possible = tally.coverage.share()
+    pairs, possible = tally.pairs()
     return {
         "status": status, "exit": EXIT[status], "target": settings.target, "seed": settings.seed,
         "cases": tally.cases, "verified": tally.verified, "failed": tally.failed, "vacuous": tally.vacuous,

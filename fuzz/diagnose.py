@@ -7,6 +7,7 @@ tile sizes tried are not the target's, which nobody knows, so a bug at a block e
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +27,7 @@ TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
 # A distance of 0 is the same errors, of 1 no likeness at all; past this nothing is named.
 LIKENESS = 0.9
 CANDIDATES = 20
+SECONDS = 10.0  # for either round; a context of thousands of keys takes the model that long
 # Failures that name their own family.
 _BY_KIND = {
     "determinism": ("nondeterministic", "hygiene"),
@@ -64,15 +66,26 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     if not evidence:
         return UNKNOWN
     # The last is the largest case: what is unlike there is not tried on the rest.
-    known = [m for m in MUTANTS if _numeric(m) and (m.group == "lse") == (judgement.kind == "lse")]
-    likely = sorted(known, key=lambda m: _distance(m, evidence[-1:]))[:CANDIDATES]
-    ranked = sorted(((_distance(m, evidence), m) for m in likely), key=lambda pair: pair[0])
+    known = [m for m in MUTANTS if _numeric(m) and (m.group != "lse" or judgement.kind == "lse")]
+    late = time.monotonic() + SECONDS
+    likely = [m for _, m in _ranked(known, evidence[-1:], late)][:CANDIDATES]
+    ranked = _ranked(likely, evidence, late + SECONDS)
     best, mutant = ranked[0]
     if best > LIKENESS:
         return dataclasses.replace(UNKNOWN, distance=best)
     alike = tuple(m.id for distance, m in ranked[1:4] if distance <= best + 0.02)
     family = _majority([m for distance, m in ranked if distance <= best + 0.02])
     return Diagnosis(mutant.id, family, best, alike)
+
+
+def _ranked(mutants: Sequence[Mutant], evidence: Sequence[_Evidence], late: float) -> list[tuple[float, Mutant]]:
+    """Mutants by their distance, the closest first; those left when the time is up are not tried."""
+    found = []
+    for mutant in mutants:
+        found.append((_distance(mutant, evidence), mutant))
+        if time.monotonic() > late:
+            break
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _majority(mutants: list[Mutant]) -> str:

@@ -18,7 +18,7 @@ from fuzz.targets import Target
 
 SECONDS = 20.0
 # Kinds that are one symptom: a wrong number.
-_VALUE = frozenset({"bound", "nan", "exact"})
+_VALUE = frozenset({"bound", "nan", "exact", "lse"})
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,23 @@ def _simpler_options(shape: Shape) -> Iterator[tuple[str, object]]:
     yield from (("window", w) for w in (1, 2, 3, 4, 5, 8) if shape.window is not None and w < shape.window)
 
 
+def _known_small(plan: Plan) -> Iterator[Plan]:
+    """One sequence of a few tokens that fill its table to the end: what a longer or fuller batch often comes down to."""
+    if len(plan.lengths) == 1 and plan.lengths[0][1] <= 8:
+        return
+    for page, per_seq in ((1, 5), (1, 8), (4, 2)):
+        context = page * per_seq
+        shape = {
+            "page": page,
+            "pages_per_seq": per_seq,
+            "pages": per_seq + 2,
+            "tokens": max(context, plan.shape.tokens),
+        }
+        for rows in (context, 1):
+            roomy = _reshape(plan.replace(lengths=()), **shape)
+            yield from _proposed(roomy.replace(lengths=((rows, context),)))
+
+
 def _other_pages(plan: Plan) -> Iterator[Plan]:
     """Smaller pages hold the same tokens in more of them; a smaller table and pool."""
     shape = plan.shape
@@ -217,6 +234,7 @@ PASSES: tuple[Callable[[Plan], Iterable[Plan]], ...] = (
     _only_one,
     _fewer_sequences,
     _shorter,
+    _known_small,
     _all_plain,
     _one_option,
     _other_pages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 import time
@@ -16,6 +17,7 @@ from hypothesis import target as maximise
 
 from fuzz.build import build
 from fuzz.corpus import read_lines
+from fuzz.coverage import static_features
 from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.shrink import same_symptom, shrink
@@ -63,6 +65,8 @@ def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: s
     _keep_compilations(Path(out))
     lines = read_lines(Path(out) / "record.jsonl")
     state.judged = {Plan.from_json(line["plan"]) for line in lines if line["line"] == "case"}
+    if not state.target.returns_lse:
+        pipe.send(("gap", "it returns no lse: outputs alone are judged", [("lse", True)]))
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
     while (chunk := pipe.recv()) is not None:
         _run(pipe, state, chunk)
@@ -80,7 +84,8 @@ def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
     count = wanted_shapes(judged, cheap)
     mine, workers = state.share
     pool: list[Shape] = []
-    for number, shape in enumerate(shapes(state.seed)):
+    for number, offered in enumerate(shapes(state.seed)):
+        shape = offered if state.target.returns_lse else dataclasses.replace(offered, lse=False)
         if len(pool) * workers >= count or number >= MOST_SHAPES:
             break
         if number % workers == mine and _taken(state, shape):
@@ -102,7 +107,7 @@ def _taken(state: State, shape: Shape) -> bool:
         gap = state.target.gap(build(Plan(shape, ((1, 1),))))
         state.taken[shape] = gap is None
         if gap is not None:
-            state.pipe.send(("gap", gap))
+            state.pipe.send(("gap", gap, sorted(static_features(shape), key=repr)))
     return state.taken[shape]
 
 
@@ -154,6 +159,7 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     pipe.send(("end", plan, report))
     if judgement.bad and state.reduce and _is_news(state, judgement):
         state.reduced.append(judgement)
+        pipe.send(("reducing", plan, judgement.text))
         pipe.send(("failure", left_behind(plan, state.target, judgement, state.out)))
     return judgement
 

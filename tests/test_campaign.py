@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fuzz import corpus, ledger
-from fuzz.campaign import Campaign, Settings, read_record
+from fuzz.campaign import Campaign, Settings, Tally, read_record
 from fuzz.commands.search import app
 from fuzz.mutants import score
 from fuzz.plan import Plan
@@ -137,6 +137,35 @@ def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Pa
     assert found["kind"] == "crash"
     assert "SIGABRT" in found["text"]
     assert (folder / "out/failures" / found["id"] / "case.npz").exists()
+
+
+def test_a_failure_whose_shrinking_is_cut_short_is_left_as_it_was_found(tmp_path: Path) -> None:
+    campaign = Campaign(Settings("mutant:window_wide", tmp_path))
+    plan = score.drawn(1, 3)[0]
+    with open(tmp_path / "record.jsonl", "w") as campaign.record:
+        campaign._left_as_found(plan, "it was wrong")
+    (found,) = read_record(tmp_path).failures.values()
+    assert (found["kind"], found["text"]) == ("unshrunk", "it was wrong")
+    folder = tmp_path / "failures" / found["id"]
+    assert (folder / "case.npz").exists()
+    compile((folder / "reproduce.py").read_text(), "reproduce.py", "exec")
+
+
+@pytest.mark.slow
+def test_a_failure_found_at_the_end_of_the_budget_is_still_shrunk(folder: Path) -> None:
+    done = rpa_fuzz(folder, "run", "--target", "mutant:causal_plus1", "--budget", "2s", "--out", "out")
+    if read_record(folder / "out").failed:  # a slow machine may not have come to the first case
+        assert done.returncode == 1
+        assert list((folder / "out/failures").iterdir())
+
+
+def test_pairs_leave_out_what_the_target_does_not_have() -> None:
+    tally = Tally()
+    everything = tally.pairs()[1]
+    tally.add({"line": "gap", "text": "it takes no k_scale", "features": [["types", "int8"], ["page", 8]]})
+    fewer = tally.pairs()[1]
+    tally.coverage.count["page", 8] = 1  # taken with another dtype
+    assert fewer < tally.pairs()[1] < everything
 
 
 @pytest.mark.slow

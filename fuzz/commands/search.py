@@ -120,7 +120,7 @@ def _progress(settings: Any, console: Any) -> Any:
             def watch(tally: Any) -> None:
                 done = tally.cases if settings.max_examples else tally.seconds
                 rate = tally.cases / tally.seconds if tally.seconds else 0.0
-                seen, possible = tally.coverage.share()
+                seen, possible = tally.pairs()
                 told = (f"{tally.cases} cases, {rate:.0f}/s, worst {tally.worst:.2f} of the bound, "
                         f"pairs {seen / possible:.0%}, {len(tally.failures)} failures")  # fmt: skip
                 progress.update(task, completed=min(done, total), told=told)
