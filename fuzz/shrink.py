@@ -201,7 +201,7 @@ def _simpler_options(shape: Shape) -> Iterator[tuple[str, object]]:
 
 
 def _known_small(plan: Plan) -> Iterator[Plan]:
-    """One sequence of a few tokens that fill its table to the end: what a longer or fuller batch often comes down to."""
+    """One sequence of a few tokens that fill its table: what a longer or fuller batch often comes down to."""
     if len(plan.lengths) == 1 and plan.lengths[0][1] <= 8:
         return
     for page, per_seq in ((1, 5), (1, 8), (4, 2)):
