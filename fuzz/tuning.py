@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,12 @@ _EXCLUSIVE: Any = nullcontext()  # a lock, in processes that share one device
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one cell: its key in the user's store and in a table, the entry if there is one, and words."""
+    """What became of one cell: words, and entries by key for the user's store and for a table, if there is a winner."""
 
     cell: str
-    stored_as: str
-    shipped_as: str
-    entry: dict[str, Any] | None
     text: str
+    stored: dict[str, Any] = field(default_factory=dict)
+    shipped: dict[str, Any] = field(default_factory=dict)
 
 
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
@@ -64,24 +63,28 @@ def _likeness(cell: Cell) -> tuple:
 def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     """Judge and time one cell's candidates, on its part of the time that is left."""
     from fuzz.verifier import verify
-    from rpa import Tuner
+    from rpa import RaggedPageAttentionv2Config, Tuner
     from rpa.tune import TuningFailed
 
     cell, platform, iters, end, waiting = job
     left = end - time.time()
     if left <= 0:
-        return Outcome(cell.name, "", "", None, "no time was left")
+        return Outcome(cell.name, "no time was left")
     query, turns = query_of(cell, platform)
     tuner = Tuner(
         2, iters, verify=verify, budget=max(left / waiting, 5.0), turns=turns, exclusive=lambda: _EXCLUSIVE
     )  # fmt: skip
-    names = (cell.name, "|".join(query.triple), f"{query.op}|{query.stem}")
     try:
-        tuner.autotune(query.program, query.args, {}, query.contenders())
+        winner = tuner.autotune(query.program, query.args, {}, query.contenders())
     except TuningFailed as error:
-        return Outcome(*names, None, f"no usable config\n{error}")
+        return Outcome(cell.name, f"no usable config\n{error}")
     report = tuner.history[-1]
-    return Outcome(*names, _entry(cell, report), summary(report))
+    note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
+    stored = {"|".join(query.triple): _entry(winner, note)}
+    # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.
+    own = query.complete(RaggedPageAttentionv2Config(platform=winner.platform))
+    shipped = RaggedPageAttentionv2Config(platform=winner.platform) if winner == own else winner
+    return Outcome(cell.name, summary(report), stored, {f"{query.op}|{query.stem}": _entry(shipped, note)})
 
 
 def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
@@ -121,18 +124,16 @@ def _by_backend(report: Any) -> str:
     return ", ".join(f"{platform} {seconds * 1e6:.1f} us" for platform, seconds in best.items())
 
 
-def store(found: Sequence[Outcome], table: Path | None) -> Path | None:
-    """Put winners into the user's store, or into a table as the package ships it; where they are, None if nowhere."""
+def store(done: Outcome, table: Path | None) -> Path | None:
+    """Put a winner into the user's store, or into a table as the package ships it; where it is, None if nowhere."""
     from rpa import PersistentCache, select
 
     own: Any = select.default_chain().persistent if table is None else PersistentCache("table", table)
-    entries = {done.stored_as if table is None else done.shipped_as: done.entry for done in found}
-    return own.path if own.merge(entries) else None
+    return own.path if own.merge(done.stored if table is None else done.shipped) else None
 
 
-def _entry(cell: Cell, report: Any) -> dict[str, Any]:
+def _entry(config: Any, note: str) -> dict[str, Any]:
     from rpa import cache
 
-    fields = {name: value for name, value in report.winner.to_dict().items() if value not in (None, {})}
-    note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
+    fields = {name: value for name, value in config.to_dict().items() if value not in (None, {}, "any")}
     return {"config": fields, "note": note, "versions": cache.versions()}

@@ -15,7 +15,7 @@ from rpa import device as devices
 from rpa import select
 from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.program import compiled, packed
+from rpa.program import compiled
 from rpa.signature import Inputs, Signature
 
 
@@ -128,9 +128,7 @@ def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over
         return lambda inputs: nothing_to_do(signature), True
     device = devices.current(inputs.queries)
     choice = select.choose(signature, device, platform, cfg, inputs=concrete(inputs))
-    packs = all(isinstance(array, np.ndarray) for array in inputs[2:6]) and not rules.is_traced(inputs.queries)
-    program = compiled(choice.implementation, signature, choice.config, device, packs)
-    return (lambda inputs: program(packed(inputs))) if packs else program, not choice.of_this_batch
+    return compiled(choice.implementation, signature, choice.config, device), not choice.of_this_batch
 
 
 def prepare(arrays: tuple, options: tuple, check_values: Any) -> tuple[Inputs, Signature]:

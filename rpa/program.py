@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
@@ -40,33 +39,15 @@ def label(implementation: Implementation, config: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def compiled(
-    implementation: Implementation,
-    signature: Signature,
-    config: RaggedPageAttentionv2Config,
-    device: Device,
-    packs: bool = False,
+    implementation: Implementation, signature: Signature, config: RaggedPageAttentionv2Config, device: Device
 ) -> Any:
-    """The jitted program, of `packed` inputs with `packs`; it is lowered for one chip or interpreter, the `device`."""
+    """The jitted program; `device` is in the key because a program is lowered for one chip or interpreter."""
 
     def ragged_page_attention(inputs: Inputs) -> Any:
-        inputs = _unpacked(inputs, signature) if packs else inputs
         return implementation.run(_in_form(inputs, signature), signature, config)
 
     ragged_page_attention.__name__ = ragged_page_attention.__qualname__ = label(implementation, config)
     return jax.jit(ragged_page_attention)
-
-
-def packed(inputs: Inputs) -> Inputs:
-    """Host metadata as one array: a transfer to a GPU costs some 30 us, however small it is."""
-    flat: Any = np.concatenate([np.ravel(array) for array in inputs[2:6]])
-    return Inputs._make((*inputs[:2], flat, None, None, None, *inputs[6:]))
-
-
-def _unpacked(inputs: Inputs, signature: Signature) -> Inputs:
-    seqs, width = signature.max_seqs, signature.pages_per_seq
-    ends = np.cumsum([seqs, seqs * width, seqs + 1])
-    contexts, tables, offsets, count = jnp.split(inputs.context_lens, ends)
-    return Inputs._make((*inputs[:2], contexts, tables.reshape(seqs, width), offsets, count, *inputs[6:]))
 
 
 def _in_form(inputs: Inputs, signature: Signature) -> Inputs:

@@ -41,6 +41,7 @@ class Query:
     judged: bool = False  # whether its candidates can be wrong by a measure, and so are never timed unjudged
     accelerator: bool = False
     refuse: Callable[[Any], str | None] = lambda config: None  # why a stored config cannot be used here
+    complete: Callable[[Any], Any] = lambda config: config  # a shipped config that names no more than a backend
     like: Callable[[], Iterable[str]] = tuple  # stems of like calls whose shipped config serves this one too
 
     @property
@@ -162,7 +163,8 @@ class ConfigSelectorChain:
             return None, f"the tables that ship hold nothing for it on {query.device}"
         entry = table[name]
         found = cache.config_of(entry, f"the table that ships for {query.device}: {name!r}")
-        return self._usable(query, found, f"it ships: {entry.get('note', '')}" if found else "")
+        found, reason = self._usable(query, found, f"it ships: {entry.get('note', '')}" if found else "")
+        return (None if found is None else query.complete(found)), reason
 
     def _usable(self, query: Query, found: Any, reason: str) -> Lookup:
         if found is None:
@@ -300,9 +302,13 @@ def query_of(
         implementation, _ = registry.resolve(_platform_of(platform, config), signature, device)
         return Program(implementation, signature, config, device)
 
-    def heuristic() -> RaggedPageAttentionv2Config:
+    def own_choice(platform: str) -> RaggedPageAttentionv2Config:
         slot = registry.able(platform, signature, device)[0]
         return registry.implementation_of(slot).heuristic(signature, device).replace(platform=slot.platform)
+
+    def complete(config: RaggedPageAttentionv2Config) -> RaggedPageAttentionv2Config:
+        bare = config == RaggedPageAttentionv2Config(platform=config.platform)
+        return own_choice(config.platform) if bare else config
 
     def refuse(config: RaggedPageAttentionv2Config) -> str | None:
         if platform not in ("auto", config.platform) and config.platform != "auto":
@@ -315,7 +321,7 @@ def query_of(
         op=f"{registry.ALGORITHM}@0",
         device=fingerprint(device),
         stem=stem(signature, platform, sharding),
-        heuristic=heuristic,
+        heuristic=lambda: own_choice(platform),
         candidates=lambda: candidates(signature, device, platform),
         program=program,
         args=() if inputs is None else (inputs,),
@@ -324,6 +330,7 @@ def query_of(
         judged=True,
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
+        complete=complete,
         like=lambda: [stem(likeness, "auto", "none") for likeness in _other_pages(signature)],
     )
 

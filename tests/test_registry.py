@@ -287,6 +287,7 @@ def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
         "triton",
     )
     assert "us" in choice.reason
+    assert choice.config == _XLA.heuristic(decode, H200).replace(platform="triton")  # the table names no more than it
     assert select.choose(decode, H200, "triton", None).config == choice.config
     assert select.choose(decode, H200, "auto", None, sharding="heads:4").config == choice.config
     assert select.choose(decode, H200, "xla", None).source == "heuristic"

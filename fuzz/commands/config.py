@@ -129,8 +129,8 @@ def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers:
         for done in tuning.each(cells, platform, iters, end, workers):
             console.print(f"{done.cell}: {done.text}", highlight=False, markup=False, soft_wrap=True)
             progress.update(task, description=done.cell, advance=1)
-            if done.entry is not None:
-                path = tuning.store([done], table)
+            if done.stored:
+                path = tuning.store(done, table)
                 if path is None:
                     raise typer.Exit(USAGE)
                 count += 1
