@@ -227,12 +227,13 @@ def default_chain() -> ConfigSelectorChain:
 def moment() -> Any:
     """What a remembered choice of the public function depends on besides the call; None where none may be used.
 
-    An overlay, an override of the policy or an observer of the events asks for every call anew.
+    Under an overlay or an observer of the events every call is asked anew.
     """
     chain = default_chain()
-    if cache.overlays() or overrides.get() or chain.on_event:
+    if cache.overlays() or chain.on_event:
         return None
-    return chain.cache.generation, PersistentCache.generation, registry.REGISTERED.generation, settings.environment()
+    generations = chain.cache.generation, PersistentCache.generation, registry.REGISTERED.generation
+    return generations, overrides.get(), settings.environment()
 
 
 # ------------------------------------------------------------------ our own operation

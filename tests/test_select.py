@@ -382,6 +382,11 @@ def test_a_warm_call_heeds_overlays_overrides_and_observers(monkeypatch):
     ragged_page_attention_v2(**call)
     with policy_override(allow_heuristics=False), pytest.raises(RuntimeError, match="allows no heuristics"):
         ragged_page_attention_v2(**call)
+    with policy_override(allow_autotune=False):
+        ragged_page_attention_v2(**call)
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "choose", None)  # a call under the same override is warm
+            ragged_page_attention_v2(**call)
     events = []
     monkeypatch.setattr(select.default_chain(), "on_event", lambda name, **_: events.append(name))
     ragged_page_attention_v2(**call)
