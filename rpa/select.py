@@ -261,16 +261,14 @@ def choose(
     platform: str,
     cfg: RaggedPageAttentionv2Config | None,
     *,
-    inputs: Inputs | None = None,
-    sharding: str = "none",
     chain: ConfigSelectorChain | None = None,
     dry: bool = False,
+    **more: Any,
 ) -> Choice:
     """The backend and the config of a validated call; `platform` wins over the config's own.
 
     Args:
-        inputs: concrete arrays that a tuner may run on; None where there are none, as inside jit.
-        sharding: how the call is spread over a mesh, part of the key.
+        more: `inputs` and `sharding`, as in `query_of`.
 
     Raises:
         ValueError: no backend of the platform can take the call.
@@ -279,7 +277,7 @@ def choose(
         raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
     asked = _platform_of(platform, cfg)
     implementation, why = registry.resolve(asked, signature, device)
-    query = query_of(signature, device, platform, cfg, inputs=inputs, sharding=sharding)
+    query = query_of(signature, device, platform, cfg, **more)
     found = (chain or default_chain()).find(query, dry=dry)
     if found.source not in ("explicit", "heuristic"):  # those two speak of the preferred backend
         implementation, why = registry.resolve(_platform_of(asked, found.config), signature, device)
@@ -296,7 +294,12 @@ def query_of(
     inputs: Inputs | None = None,
     sharding: str = "none",
 ) -> Query:
-    """Our operation's call, as selection sees it."""
+    """Our operation's call, as selection sees it.
+
+    Args:
+        inputs: concrete arrays that a tuner may run on; None where there are none, as inside jit.
+        sharding: how the call is spread over a mesh, part of the key.
+    """
     platform = _platform_of(platform, cfg)
 
     def program(config: RaggedPageAttentionv2Config) -> Program:
@@ -332,15 +335,8 @@ def query_of(
         accelerator=device.platform in ("gpu", "tpu") and not device.interpreted,
         refuse=refuse,
         complete=complete,
-        like=lambda: [stem(likeness, "auto", "none") for likeness in _other_pages(signature)],
+        like=lambda: _stems_of_likes(signature),
     )
-
-
-def _other_pages(signature: Signature) -> Iterator[Signature]:
-    """The same call, then those of as many tokens in pages of other sizes, nearest first: GPU blocks are in tokens."""
-    sizes = (16, 32, 64, 128, 256)
-    for page in sorted({signature.page_size, *sizes}, key=lambda size: abs(math.log(size / signature.page_size))):
-        yield replace(signature, page_size=page, pages_per_seq=-(-signature.capacity // page))
 
 
 def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> str | None:
@@ -396,6 +392,13 @@ def stem(signature: Signature, platform: str, sharding: str) -> str:
     flags = [name for name in ("sinks", "k_scale", "v_scale", "return_lse", "optimized") if getattr(signature, name)]
     flags += ["cap"] if signature.logits_soft_cap is not None else []
     return " ".join([platform, *(f"{name}={value}" for name, value in told.items() if value is not None), *flags])
+
+
+def _stems_of_likes(signature: Signature) -> Iterator[str]:
+    """The call's own, then those of as many tokens in pages of other sizes, nearest first: GPU blocks are in tokens."""
+    sizes = {signature.page_size, 16, 32, 64, 128, 256}
+    for page in sorted(sizes, key=lambda size: abs(math.log(size / signature.page_size))):
+        yield stem(replace(signature, page_size=page, pages_per_seq=-(-signature.capacity // page)), "auto", "none")
 
 
 def _bucket(count: int) -> int:
