@@ -10,24 +10,29 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["NPROC"] = "32"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ptx
 from contract_cases import Shape, build
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where its verdict on races is kept
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
 from rpa import layout
 from rpa.backends import pallas_gpu
-from rpa.backends.pallas_gpu import combine, decode, plan, prefill, tiles
+from rpa.backends.pallas_gpu import combine, decode, plan, prefill, rows, tiles
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Inputs, Signature
@@ -41,15 +46,18 @@ BF16 = {"dtype": "bfloat16", "compute_dtype": "bfloat16"}
 EDGES = {"sliding_window": 37, "logits_soft_cap": 5.0, "sinks": True}
 KERNELS: dict[str, Callable[[], Case]] = {
     "decode": lambda: build((1, 1, 1, 2), (70, 190, 0, 5), SMALL, amplitude=3.0, **BF16),
-    "decode_edges": lambda: build((1, 1, 1, 2), (70, 190, 0, 5), SMALL, **EDGES, **BF16),
     "decode_group_8": lambda: build(
         (1, 1), (70, 130), dataclasses.replace(SMALL, q_heads=8, kv_heads=1, page=64, pages_per_seq=3), **BF16
+    ),
+    "decode_one_split": lambda: build(
+        (1, 1, 1), (7, 60, 0), dataclasses.replace(SMALL, q_heads=12, pages_per_seq=8), **EDGES, **BF16
     ),
     "decode_head_256": lambda: build(
         (1,), (70,), dataclasses.replace(SMALL, rows=1, seqs=1, head_dim=256, kv_heads=1), **BF16
     ),
     "prefill": lambda: build((70, 9), (130, 9), TILED, **BF16),
     "prefill_edges": lambda: build((70, 9), (130, 9), TILED, **EDGES, **BF16),
+    "prefill_window": lambda: build((70, 9), (190, 9), TILED, sliding_window=128, **BF16),
     "prefill_odd_group": lambda: build(
         (130,),
         (131,),
@@ -58,7 +66,6 @@ KERNELS: dict[str, Callable[[], Case]] = {
         dtype="float16",
         compute_dtype="float16",
     ),
-    "mixed": lambda: build((5, 1, 20, 1), (70, 190, 20, 33), BOTH, **BF16),
     "mixed_edges": lambda: build((5, 1, 20, 1), (70, 190, 20, 33), BOTH, **EDGES, **BF16),
 }
 
@@ -95,8 +102,9 @@ def interpret(case: Case, **changes):
     inputs = inputs_of(case)._replace(**changes)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         run = jax.jit(lambda *args: pallas_gpu.run(Inputs(*args), signature, config))
-        output, lse = run(*inputs)
-        return np.asarray(output), np.asarray(lse)
+        output, lse = (np.asarray(x) for x in run(*inputs))
+    assert not gpu_callbacks.get_races().races_found, "the interpreter saw a race: it printed where"
+    return output, lse
 
 
 def prove_kernel(name: str) -> None:
@@ -147,8 +155,10 @@ def layouts(count: int):
 
 def expected(inputs: Inputs, shape: tiles.Shape):
     """Row by row, from `rpa.layout`: owner (1 valid, 2 invalid, 0 nobody), sequence, position."""
-    case_shape = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
-    rest = {f.name: None for f in dataclasses.fields(Signature)} | {"sliding_window": shape.window}
+    case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
+        "sliding_window": shape.window
+    }
     ragged = layout.sanitize(inputs, Signature(**rest | case_shape))
     owner, sequence, position = np.zeros(40, int), np.zeros(40, int), np.full(40, -1)
     for s in range(4):
@@ -159,17 +169,41 @@ def expected(inputs: Inputs, shape: tiles.Shape):
     return owner, sequence, position
 
 
+def metadata(inputs: Inputs) -> rows.Metadata:
+    return rows.Metadata(inputs.context_lens, inputs.block_tables, inputs.query_start_loc, inputs.num_seqs)
+
+
+def astray(inputs: Inputs, shape: tiles.Shape) -> np.ndarray:
+    """bool [S]: sequences that `rpa.layout` calls invalid for a page alone."""
+    case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
+        "sliding_window": shape.window
+    }
+    signature = Signature(**rest | case_shape)
+    pages = inputs._replace(block_tables=jnp.clip(inputs.block_tables, 0, 19))
+    return np.asarray(layout.sanitize(pages, signature).valid & ~layout.sanitize(inputs, signature).valid)
+
+
 def prove_rows() -> None:
-    """Decode rows, and the rows that nobody's and invalid sequences' fills cover, are the contract's."""
-    find = jax.jit(lambda i, shape: plan.decode_rows(plan.owners(i, shape), 40), static_argnums=1)
+    """The owner that a warp finds for a row, and the rows that fills cover, are the contract's."""
+
+    def found(inputs, shape):
+        return jax.vmap(lambda r: rows.row_at(r, metadata(inputs), shape, False))(jnp.arange(40))
+
+    find = jax.jit(found, static_argnums=1)
+    plans = jax.jit(lambda i, shape: plan.row_owners(plan.owners(i, shape), 40), static_argnums=1)
     fill = jax.jit(lambda i, shape: plan.fills(plan.owners(i, shape), 40), static_argnums=1)
     for inputs, shape in layouts(42):
         owner, sequence, position = expected(inputs, shape)
-        token, at, where, whose = np.asarray(find(inputs, shape))
-        assert (token == np.arange(40)).all()
-        assert (whose == owner).all(), (whose, owner)
-        assert (np.maximum(where, -1) == position).all(), (where, position)
-        assert (at == sequence)[owner == 1].all()
+        planned = np.asarray(plans(inputs, shape))
+        assert (planned == owner).all(), (planned, owner)
+        row = find(inputs, shape)
+        by_page = astray(inputs, shape)[np.asarray(row.sequence)]  # what pages are is looked at later
+        told = np.where((np.asarray(row.owner) == 1) & by_page, 2, row.owner)
+        assert (told == owner).all(), (told, owner)
+        assert (np.asarray(row.position) == position)[owner == 1].all(), (row.position, position)
+        assert (np.asarray(row.position) == -1)[np.asarray(row.owner) != 1].all()
+        assert (np.asarray(row.sequence) == sequence)[owner == 1].all()
         fills = np.asarray(fill(inputs, shape))
         zero, nan = np.zeros(40, bool), np.zeros(40, bool)
         zero[: fills[0]] = zero[fills[1] :] = True
@@ -207,59 +241,117 @@ def prove_tiles() -> None:
             assert (seen == served).all(), (seen, served)
 
 
-def prove_units() -> None:
-    """The splits of decode rows cover every key a row sees once, live lists and full ones alike."""
-    tiling = decode.Tiling(40, 64, 2, 16, 4, 1, 1)
+def prove_lanes() -> None:
+    """The search as the GPU's lanes run it is the search as the interpreter runs it, for metadata right and wrong."""
+    text, find = rows.lanes_text(), jax.jit(rows.search)
+    for seed in range(120):
+        random = np.random.default_rng(seed)
+        sequences = int(random.choice([1, 2, 31, 40, 127, 128, 129, 300]))
+        tokens = int(random.integers(1, 400))
+        loc = np.sort(random.integers(0, tokens + 1, sequences + 1))
+        if seed % 3 == 0:
+            loc = np.minimum(np.arange(sequences + 1) + random.integers(0, 2), tokens)
+        if seed % 4 == 1:
+            loc[random.integers(0, sequences + 1, 2)] = random.choice(
+                [-3, tokens + 9, 2**31 - 1, -(2**31)], 2
+            )
+        if seed % 4 == 3:
+            loc = random.integers(-3, tokens + 5, sequences + 1)
+        loc, context = loc.astype(np.int32), random.integers(-5, 2**31 - 1, sequences, dtype=np.int32)
+        count = int(random.integers(0, sequences + 1)) if seed % 5 == 0 else sequences
+        memory = {1 << 20: loc, 1 << 40: context}
+        for row in {0, tokens - 1, *(int(x) for x in random.integers(0, tokens, 5))}:
+            want = [
+                int(x) for x in find(jnp.int32(row), jnp.int32(count), jnp.asarray(loc), jnp.asarray(context))
+            ]
+            inputs = {"$5": row, "$6": count, "$7": sequences, "$8": 1 << 20, "$9": 1 << 40}
+            after = ptx.run(text, inputs, memory)
+            got = [after[f"${n}"] for n in range(5)]
+            assert all((x == x[0]).all() for x in got), "the lanes do not agree"
+            assert [int(x[0]) for x in got] == want, (
+                seed,
+                sequences,
+                row,
+                count,
+                [int(x[0]) for x in got],
+                want,
+            )
 
-    def both(inputs, shape):
-        rows = plan.decode_rows(plan.owners(inputs, shape), 40)
-        return rows, (plan.units_of_rows(rows, shape, tiling), plan.live_units(rows, shape, tiling))
 
-    find = jax.jit(both, static_argnums=1)
-    for inputs, shape in layouts(16):
-        rows, several = find(inputs, shape)
-        rows = np.asarray(rows)
-        for units in several:
-            fields, covered = np.asarray(units.fields), np.zeros((40, 64), int)
-            for token, _, position, split, _ in fields.T[: fields[4, 0]]:
-                low = 0 if shape.window is None else max(position - shape.window + 1, 0)
-                start = low // 8 * 8 + split * 16
-                covered[token, max(start, low) : max(min(position + 1, start + 16), 0)] += 1
-                if units.first is not None:
-                    assert fields[3, int(units.first[token]) + split] == split
+def prove_items() -> None:
+    """Decode's items cover every key a row sees once; the split that looks at the other pages finds a bad one."""
+    for singles in (False, True):
+        count = 4 if singles else 40
+        tiling = decode.Tiling(count, 64, 2, 16, 4, 1, 1, singles=singles, lanes=False)
+
+        def items(inputs, shape, tiling=tiling):
+            units = jnp.full((5, 1), tiling.units)
+            if tiling.singles:
+                units = plan.live_units(plan.owners(inputs, shape), shape, tiling).fields
+            one = functools.partial(
+                decode.item_at, meta=metadata(inputs), units_ref=units, shape=shape, tiling=tiling
+            )
+            return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), units[4, 0]
+
+        find = jax.jit(items, static_argnums=1)
+        for inputs, shape in layouts(24):
+            owner, sequence, position = expected(inputs, shape)
+            lengths = np.bincount(sequence[owner == 1], minlength=4)
+            items_, listed = find(inputs, shape)
+            item = SimpleNamespace(**{k: np.asarray(v) for k, v in items_._asdict().items()})
+            if singles:
+                item.post = item.post & (np.arange(len(item.index)) < int(listed) * 2)
+            covered, splits = np.zeros((2, 40, 64), int), np.zeros((2, 40), int)
+            bad = np.zeros((2, 40), bool)
+            for i in np.flatnonzero(item.post):
+                head, token = i % 2, item.token[i]
+                begin, stop = max(item.start[i], item.low[i]), item.stop[i]
+                covered[head, token, begin : max(stop, begin)] += 1
+                assert (item.blocks[i] > 0) == (stop > item.start[i])
+                splits[head, token] += 1
+                pages = np.asarray(inputs.block_tables)[item.sequence[i], item.start[i] // 8 : -(-stop // 8)]
+                bad[head, token] |= item.owner[i] == 2 or item.stray[i] or ((pages < 0) | (pages >= 20)).any()
             for token in range(40):
-                position = int(rows[2, token])
-                low = 0 if shape.window is None else max(position - shape.window + 1, 0)
+                mine = owner[token] == 1 and (lengths[sequence[token]] == 1 or not singles)
+                low = 0 if shape.window is None else max(position[token] - shape.window + 1, 0)
                 want = np.zeros(64, int)
-                want[low : position + 1] = 1
-                assert (covered[token] == want).all(), (token, position, covered[token])
+                want[low : position[token] + 1] = mine
+                if mine or (not singles and owner[token] == 0):
+                    assert (covered[:, token] == want).all(), (token, covered[0, token])
+                if not singles:
+                    assert (bad[:, token] == (owner[token] == 2)).all(), (token, owner[token])
 
 
 def prove_combine() -> None:
-    """Splits of exact numbers join exactly; what dead units hold does not matter; nobody's rows are 0, bad ones NaN."""
+    """Splits of exact numbers join exactly; what dead items hold does not matter; nobody's rows are 0, bad ones NaN."""
     random = np.random.default_rng(0)
     shape = tiles.Shape(4, 4, 2, 64, 8, 20, 6, "bfloat16", 0.1, None, None)
-    tiling = decode.Tiling(4, 64, 2, 16, 3, 1, 1)
-    rows = jnp.asarray([[0, 1, 2, 3], [0, 1, 2, 3], [40, 9, -1, -1], [1, 1, 0, 2]], jnp.int32)
-    acc = random.integers(-8, 8, (3, 4, 2, 64, 8)).astype(np.float32)
-    m = np.zeros((3, 4, 2, 8), np.float32)
-    m[1, :, :, 1] = -300.0  # weights are exactly 1, and 0 here
-    for aux in (None, jnp.zeros(4)):
-        l = np.ones((3, 4, 2, 8), np.float32)  # all totals are powers of two, so that quotients are exact
-        l[2, ..., 0] += aux is None
-        l[2, ..., 1] += aux is not None
-        for split, row in ((1, 1), (2, 1), *((c, r) for c in range(3) for r in (2, 3))):
+    tiling = decode.Tiling(4, 64, 2, 16, 20, 1, 1)  # more splits than are loaded together
+    live = np.asarray([20, 1, 0, 2], np.int32)
+    acc = random.integers(-2, 2, (20, 4, 2, 64, 8)).astype(np.float32)
+    m = np.zeros((20, 4, 2, 8), np.float32)
+    m[1, ..., 1::2] = -300.0  # weights are exactly 1, and 0 here
+    for aux in (None, jnp.zeros(8)):
+        l = np.ones((20, 4, 2, 8), np.float32)  # all totals are powers of two, so that quotients are exact
+        l[2, ..., 0::2] += 12 - (aux is not None)
+        l[2, ..., 1::2] += 13 - (aux is not None)
+        l[0, 3] = np.nan
+        for split, row in ((c, r) for r in range(4) for c in range(live[r], 20)):
             acc[split, row] = m[split, row] = l[split, row] = np.nan
-        units = plan.units_of_rows(rows, shape, tiling)
-        flat = (acc.reshape(-1, 64, 8), m.reshape(-1, 8), l.reshape(-1, 8))
-        out, lse = combine.combine([jnp.asarray(x) for x in flat], rows, units, aux, shape, tiling)
-        out, lse = np.asarray(out), np.asarray(lse)
-        for row, live in ((0, 3), (1, 1)):
+        parts = decode.Outputs(
+            acc=acc.reshape(-1, 64, 8), m=m.reshape(-1, 8), l=l.reshape(-1, 8), live=jnp.asarray(live)
+        )
+        parts = decode.Outputs(*(None if x is None else jnp.asarray(x) for x in parts))
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+            run = jax.jit(lambda parts, aux: combine.combine(parts, aux, shape, tiling, True))
+            out, lse = (np.asarray(x, np.float32) for x in run(parts, aux))
+        for row in (0, 1):
             for head in range(4):
                 h, g = divmod(head, 2)
-                weight = (m[:live, row, h, g] == 0).astype(np.float32)
-                total = (weight * l[:live, row, h, g]).sum() + np.float32(aux is not None)
-                want = (weight[:, None] * acc[:live, row, h, :, g]).sum(0) / total
+                column = 2 * h + g  # of the eight heads that both groups load
+                weight = (m[: live[row], row, h, column] == 0).astype(np.float32)
+                total = (weight * l[: live[row], row, h, column]).sum() + np.float32(aux is not None)
+                want = (weight[:, None] * acc[: live[row], row, h, :, column]).sum(0) / total
                 assert (out[row, head] == want).all(), (row, head, out[row, head], want)
         assert (out[2] == 0).all()
         assert (lse[2] == -np.inf).all()
@@ -267,11 +359,26 @@ def prove_combine() -> None:
         assert np.isnan(lse[3]).all()
 
 
+def prove_stray() -> None:
+    """A bad page makes a decode row NaN whichever split meets it, and changes nobody else's bits."""
+    case = KERNELS["decode_group_8"]()
+    good, _ = interpret(case)
+    tables = np.array(case.block_tables)
+    tables[1, 1] = -1  # the second sequence's row; its keys reach page 2
+    bad, lse = interpret(case, block_tables=jnp.asarray(tables))
+    assert np.isnan(bad[1].astype(np.float32)).all(), "the row of the invalid sequence is not NaN"
+    assert np.isnan(lse[1]).all()
+    others = [0, *range(2, len(good))]
+    assert bad[others].tobytes() == good[others].tobytes(), "another row's bits changed"
+
+
 PROOFS: dict[str, Callable[[], None]] = {
     "rows": prove_rows,
     "tiles": prove_tiles,
-    "units": prove_units,
+    "items": prove_items,
+    "lanes": prove_lanes,
     "combine": prove_combine,
+    "stray": prove_stray,
     "invalid": prove_invalid,
     **{name: (lambda name=name: prove_kernel(name)) for name in KERNELS},
 }

@@ -11,12 +11,15 @@ from fuzz.mutants import patched
 ROOT = Path(__file__).parents[1]
 # The proof that shows each bug.
 CAUGHT_BY = {
-    "tile_position": "tiles", "astray_ignored": "invalid", "split_floor": "units", "fill_after": "rows",
-    "no_lse": "combine", "sink_every_split": "combine", "overlapping_sequences": "rows", "causal_plus1": "prefill",
-    "window_wide": "prefill_edges", "v_not_sanitised": "prefill", "acc_not_rescaled": "decode",
-    "kv_swapped": "decode", "wait_removed": "decode", "sink_head0": "prefill_edges",
+    "tile_position": "tiles", "astray_ignored": "invalid", "split_floor": "items", "listed_split_floor": "items",
+    "fill_after": "rows", "owner_overlap": "rows", "overlapping_sequences": "rows", "pages_of_other_rows": "items",
+    "lanes_row_before": "lanes", "lanes_prefix": "lanes", "splits_averaged": "combine",
+    "last_split_repeated": "combine", "causal_plus1": "prefill", "window_wide": "prefill_window",
+    "v_not_sanitised": "prefill_window", "acc_not_rescaled": "decode_group_8", "kv_swapped": "decode_head_256",
+    "wait_removed": "decode_head_256", "group_before": "decode_one_split", "sink_head0": "prefill_edges",
+    "stray_page": "stray",
 }  # fmt: skip
-FAST = ("sink_every_split", "split_floor")
+FAST = ("split_floor", "lanes_prefix")
 RUN = "import runpy, sys; sys.path.insert(0, {tests!r}); runpy.run_path({proofs!r}, run_name='__main__')"
 
 

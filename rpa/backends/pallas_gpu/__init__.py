@@ -6,14 +6,13 @@ Short queries go through `decode` (memory bound, split over the cache) and `comb
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from rpa import device as devices
 from rpa import numerics
 from rpa.backends.pallas_gpu import combine, decode, mixed, plan, prefill
 from rpa.backends.pallas_gpu.program import Program, program, shape_of
+from rpa.backends.pallas_gpu.rows import Metadata
 from rpa.backends.pallas_gpu.tiles import Shape
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
@@ -29,68 +28,80 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     if signature.num_pages == 0:  # no live sequence can see a key, yet a copy needs a page to name
         pages = jnp.zeros((1, *pages.shape[1:]), pages.dtype)
     inputs = inputs._replace(kv_pages=pages, queries=inputs.queries.astype(shape.dtype))
-    own = plan.owners(inputs, shape)
     if todo.prefill is None:
         assert todo.decode is not None, "a program has at least one role"
-        rows = plan.decode_rows(own, shape.tokens)
-        units = plan.units_of_rows(rows, shape, todo.decode)
-        parts = decode.partials(
-            grouped(inputs.queries, shape),
-            inputs.kv_pages,
-            inputs.block_tables,
-            units.fields,
-            shape,
-            todo.decode,
-        )
-        output, lse = combine.combine(parts, rows, units, inputs.softmax_aux, shape, todo.decode)
-        output = output.astype(signature.q_dtype)
+        output, lse = decoded(inputs, shape, todo.decode, signature.return_lse)
     else:
-        output, lse = prefilled(inputs, own, signature, shape, todo)
-    return output, lse if signature.return_lse else None
+        output, lse = prefilled(inputs, signature, shape, todo)
+    return output.astype(signature.q_dtype), lse if signature.return_lse else None
 
 
-def grouped(queries, shape: Shape):
-    """Query rows as decode reads them, [rows * Hkv * N, D]: each group padded to a multiple of eight heads."""
-    n = -(-shape.group // 8) * 8
-    q = queries.reshape(-1, shape.kv_heads, shape.group, shape.head_dim)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, n - shape.group), (0, 0))).reshape(-1, shape.head_dim)
+def decoded(inputs: Inputs, shape: Shape, tiling: decode.Tiling, with_lse: bool):
+    """Output [R, Hq, D] and lse f32 [R, Hq] or None of the decode rows: one kernel, and one more where they split."""
+    q, sinks = padded_heads(inputs, shape)
+    done = decode.attend(q, inputs.kv_pages, metadata(inputs), None, sinks, shape, tiling, with_lse)
+    if tiling.splits == 1:
+        return done.output, done.lse
+    return combine.combine(done, sinks, shape, tiling, with_lse)
 
 
-def prefilled(inputs: Inputs, own: plan.Owners, signature: Signature, shape: Shape, todo: Program):
+def metadata(inputs: Inputs) -> Metadata:
+    return Metadata(inputs.context_lens, inputs.block_tables, inputs.query_start_loc, inputs.num_seqs)
+
+
+def padded_heads(inputs: Inputs, shape: Shape):
+    """Queries and sinks with as many heads as decode loads at once."""
+    more = shape.loaded_heads - shape.q_heads
+    if not more:
+        return inputs.queries, inputs.softmax_aux
+    sinks = None if inputs.softmax_aux is None else jnp.pad(inputs.softmax_aux, (0, more))
+    return jnp.pad(inputs.queries, ((0, 0), (0, more), (0, 0))), sinks
+
+
+def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program):
     """Output [T, Hq, D] and lse [T, Hq] or None, of every row."""
     assert todo.prefill is not None, "decode alone needs no tiles of prefill"
-    shortest = 1 if todo.decode is None else 2
-    work = plan.prefill_tiles(own, shape, todo.prefill, shortest)
-    tokens = max(-(-shape.tokens // 8) * 8, prefill.M)
-    q = jnp.pad(inputs.queries, ((0, tokens - shape.tokens), (0, 0), (0, 0)))
-    padded, sinks = dataclasses.replace(shape, tokens=tokens), inputs.softmax_aux
-    fills = plan.fills(own, shape.tokens)
-    args = (q, inputs.kv_pages, inputs.block_tables, work.count, work.tiles, fills, sinks)
+    own, meta = plan.owners(inputs, shape), metadata(inputs)
+    work = plan.prefill_tiles(own, shape, todo.prefill, 1 if todo.decode is None else 2)
+    q, sinks = inputs.queries, inputs.softmax_aux
+    if todo.decode is not None:
+        q, sinks = padded_heads(inputs, shape)
+    missing = max(-(-shape.tokens // 8) * 8, prefill.M) - shape.tokens  # a tile starts at whole eights of rows
+    if missing:
+        q = jnp.pad(q, ((0, missing), (0, 0), (0, 0)))
+    tiles = (work.count, work.tiles, plan.fills(own, shape.tokens), sinks, shape, todo.prefill)
+    with_lse = signature.return_lse
     if todo.decode is None:
-        output, lse = prefill.attend(*args, padded, todo.prefill, signature.return_lse)
+        output, lse = prefill.attend(q, inputs.kv_pages, meta.tables, *tiles, with_lse)
     else:
-        rows = plan.single_rows(own)
-        units = plan.live_units(rows, shape, todo.decode)
-        first = jnp.minimum(own.start, shape.tokens - 1)
-        singles = (grouped(inputs.queries[first], shape), units.fields)
+        units = plan.live_units(own, shape, todo.decode)
         if todo.fused:
-            both = (padded, todo.prefill, todo.decode)
-            output, lse, parts = mixed.attend(*args, *singles, *both, signature.return_lse)
+            both = (*tiles, units.fields, todo.decode, with_lse)
+            output, lse, parts = mixed.attend(q, inputs.kv_pages, meta, *both)
         else:
-            output, lse = prefill.attend(*args, padded, todo.prefill, signature.return_lse)
-            pages, tables = inputs.kv_pages, inputs.block_tables
-            parts = decode.partials(singles[0], pages, tables, units.fields, shape, todo.decode)
-    output = output[: shape.tokens].astype(signature.q_dtype)
+            output, lse = prefill.attend(q, inputs.kv_pages, meta.tables, *tiles, with_lse)
+            parts = decode.attend(q, inputs.kv_pages, meta, units.fields, sinks, shape, todo.decode, with_lse)
+        if todo.decode.splits > 1 or not todo.fused:
+            parts = parts._replace(live=units.splits)
+            output, lse = with_singles(output, lse, parts, own, sinks, shape, todo.decode)
     if lse is not None:
-        owner = plan.decode_rows(own, shape.tokens)[3][:, None]
-        lse = jnp.where(owner == 1, lse[:, : shape.tokens].T, jnp.where(owner == 2, jnp.nan, -jnp.inf))
-    if todo.decode is None:
-        return output, lse
-    single, single_lse = combine.combine(parts, rows, units, sinks, shape, todo.decode)
-    token = jnp.where(rows[3] == 1, own.start, shape.tokens)  # past the end: dropped
-    output = output.at[token].set(single.astype(output.dtype), mode="drop", unique_indices=True)
+        owner = plan.row_owners(own, shape.tokens)[:, None]
+        lse = jnp.where(owner == 1, lse, jnp.where(owner == 2, jnp.nan, -jnp.inf))
+    return output, lse
+
+
+def with_singles(output, lse, parts: decode.Outputs, own: plan.Owners, sinks, shape: Shape, tiling: decode.Tiling):
+    """Output and lse with the rows of the one-token sequences, which decode answered."""
+    single = own.live & own.valid & (own.stop - own.start == 1)
+    token = jnp.where(single, own.start, shape.tokens + jnp.arange(single.shape[0]))  # past the end: dropped
+    if tiling.splits > 1:
+        rows, row_lse = combine.combine(parts, sinks, shape, tiling, lse is not None)
+    else:
+        here = jnp.minimum(own.start, shape.tokens - 1)
+        rows, row_lse = parts.output[here], None if lse is None else parts.lse[here]
+    output = output.at[token].set(rows, mode="drop", unique_indices=True)
     if lse is not None:
-        lse = lse.at[token].set(single_lse, mode="drop", unique_indices=True)
+        lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
     return output, lse
 
 

@@ -1,48 +1,123 @@
-"""Joins the splits of decode rows: one fused XLA loop, since each output element reads a handful of numbers."""
+# Pallas refs and transforms are typed for its own use, not for callers.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+"""Joins the splits of decode rows: the second of the two kernels of a call whose rows are split.
+
+A warpgroup takes one kv head of one row, 64 of its columns at a time, and reads several splits at once, since what it
+waits for is their latency.
+"""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu import decode, plan
-from rpa.backends.pallas_gpu.tiles import FLOOR, LOG2E, Shape
+from rpa.backends.pallas_gpu import decode
+from rpa.backends.pallas_gpu.decode import COLUMNS, WG, Outputs, across, heads_at, normalised
+from rpa.backends.pallas_gpu.tiles import FLOOR, I32, Shape, ceil_div
+
+SLICE = 64  # of the head size
+GROUPS = 2  # warpgroups a CTA
 
 
-def combine(partials, rows, units: plan.Units, sinks, shape: Shape, tiling: decode.Tiling):
-    """(output f32 [R, Hq, D], lse f32 [R, Hq]) of the decode rows, those of nobody and of invalid sequences included.
+def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse: bool):
+    """(output [R, Hq, D], lse f32 [R, Hq] or None) of the decode rows, nobody's and invalid sequences' included.
 
     Args:
-        partials: acc [items, D, N], m and l [items, N]; items of no keys hold garbage.
+        sinks: f32 [heads] or None.
     """
-    n, h, d = tiling.columns(shape), shape.kv_heads, shape.head_dim
-    acc, m, l = partials
-    acc = acc.reshape(tiling.units, h, d, n).swapaxes(2, 3)
-    m, l = m.reshape(-1, h, n), l.reshape(-1, h, n)
-    parts = range(tiling.splits)
-    live = [units.splits[:, None, None] > c for c in parts]
-    if units.first is None:
-        acc, m, l = ([x[c * tiling.rows : (c + 1) * tiling.rows] for c in parts] for x in (acc, m, l))
-    else:
-        where = [jnp.minimum(units.first + c, tiling.units - 1) for c in parts]
-        acc, m, l = ([x[w] for w in where] for x in (acc, m, l))
-    top = jnp.full((tiling.rows, h, n), FLOOR, jnp.float32)
-    if sinks is not None:
-        padded = jnp.pad(sinks.reshape(h, shape.group), ((0, 0), (0, n - shape.group))) * LOG2E
-        top = jnp.maximum(top, padded)
-    for c in parts:
-        top = jnp.maximum(top, jnp.where(live[c], m[c], FLOOR))
-    total = jnp.zeros_like(top) if sinks is None else jnp.exp2(padded - top)
-    out = jnp.zeros((tiling.rows, h, n, d), jnp.float32)
-    for c in parts:
-        weight = jnp.where(live[c], jnp.exp2(m[c] - top), 0.0)
-        total += jnp.where(live[c], weight * l[c], 0.0)
-        out += jnp.where(live[c][..., None], weight[..., None] * acc[c], 0.0)
-    owner = rows[3][:, None, None]
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
-    out = jnp.where((seen & (owner == 1))[..., None], out / total[..., None], 0.0)
-    out = jnp.where((owner == 2)[..., None], jnp.nan, out)
-    lse = jnp.where(seen & (owner == 1), (top + jnp.log2(total)) / LOG2E, -jnp.inf)
-    lse = jnp.where(owner == 2, jnp.nan, lse)
-    heads = (tiling.rows, shape.q_heads)
-    return out[:, :, : shape.group].reshape(*heads, d), lse[..., : shape.group].reshape(heads)
+    n, d = shape.columns, shape.head_dim
+    slices = d // SLICE
+    work = tiling.rows * shape.kv_heads * slices
+    ctas = min(ceil_div(work, GROUPS), 8 * tiling.ctas)
+
+    def body(acc_ref, m_ref, l_ref, live_ref, *rest):
+        rest = list(rest)
+        sinks_ref = rest.pop(0) if sinks is not None else None
+        o_ref = rest.pop(0)
+        lse_ref = rest.pop(0) if with_lse else None
+        out, stage = rest
+        wg = lax.axis_index("wg")
+        me = lax.axis_index("cta") * GROUPS + wg
+
+        @pl.loop(0, lax.div(jnp.maximum(work - me + (GROUPS * ctas - 1), 0), I32(GROUPS * ctas)))
+        def _(i):
+            index = me + i * GROUPS * ctas
+            column = lax.rem(index, I32(slices)) * SLICE
+            head = lax.rem(lax.div(index, I32(slices)), I32(shape.kv_heads))
+            row = lax.div(index, I32(slices * shape.kv_heads))
+            live = live_ref[row]
+            acc, m, l = joined(row, head, column, live, acc_ref, m_ref, l_ref, shape, tiling)
+            first, before = heads_at(head, shape)
+            sink = None
+            if sinks_ref is not None:
+                sink = plgpu.load(sinks_ref.at[pl.ds(first, n)], layout=COLUMNS, optimized=False)
+            result, lse = normalised(acc, m, l, sink, live > 0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+            out.at[wg].transpose((1, 0))[...] = result.astype(shape.dtype)
+            stage[wg] = lse
+            plgpu.commit_smem()
+            heads = pl.ds(head * shape.group, shape.group)
+            target = o_ref.at[row, heads, pl.ds(column, SLICE)]
+            plgpu.copy_smem_to_gmem(out.at[wg, pl.ds(before, shape.group)], target)
+            if lse_ref is not None:
+
+                @pl.loop(0, jnp.where(column == 0, shape.group, 0))
+                def _(j):
+                    lse_ref[row, head * shape.group + j] = stage[wg, before + j]
+
+        plgpu.wait_smem_to_gmem(0)
+
+    dims = (tiling.rows, shape.q_heads)
+    types = [jax.ShapeDtypeStruct((*dims, d), jnp.dtype(shape.dtype))]
+    if with_lse:
+        types.append(jax.ShapeDtypeStruct(dims, jnp.float32))
+    results = plgpu.kernel(
+        body,
+        out_type=tuple(types),
+        scratch_types=(
+            plgpu.SMEM((GROUPS, n, SLICE), jnp.dtype(shape.dtype)),
+            plgpu.SMEM((GROUPS, n), jnp.float32),
+        ),
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=GROUPS,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="rpa_combine",
+    )(parts.acc, parts.m, parts.l, parts.live, *([] if sinks is None else [sinks]))
+    return results if with_lse else (results[0], None)
+
+
+def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling: decode.Tiling):
+    """Unnormalised (acc [SLICE, N], m [N], l [N]) of a row's live splits, several loaded at once."""
+    n, together = shape.columns, min(tiling.splits, 16)
+
+    def fold(step, carry):
+        acc, m, l = carry
+        splits = [step * together + j for j in range(together)]
+        items = [(jnp.minimum(c, live - 1) * tiling.rows + row) * shape.kv_heads + head for c in splits]
+        # Those past the last repeat it, and weigh nothing.
+        ms = [plgpu.load(m_ref.at[item], layout=COLUMNS, optimized=False) for item in items]
+        ls = [plgpu.load(l_ref.at[item], layout=COLUMNS, optimized=False) for item in items]
+        accs = [
+            plgpu.load(acc_ref.at[item, pl.ds(column, SLICE)], layout=WG, optimized=False) for item in items
+        ]
+        top = m
+        for x in ms:
+            top = jnp.maximum(top, x)
+        scale = jnp.exp2(m - top)
+        acc, l = acc * across(scale, acc), l * scale
+        for c, x, y, z in zip(splits, ms, ls, accs, strict=True):
+            weight = jnp.exp2(x - top) * jnp.where(c < live, 1.0, 0.0)
+            acc, l = acc + across(weight, acc) * z, l + weight * y
+        return acc, top, l
+
+    start = (
+        plgpu.layout_cast(jnp.zeros((SLICE, n), jnp.float32), WG),
+        plgpu.layout_cast(jnp.full((n,), FLOOR, jnp.float32), COLUMNS),
+        plgpu.layout_cast(jnp.zeros((n,), jnp.float32), COLUMNS),
+    )
+    return lax.fori_loop(0, ceil_div(live, together), fold, start)

@@ -5,15 +5,17 @@
 
 The group's heads are the *columns* of both products, S^T = K Q^T and O^T = V^T P^T, so that a row of eight heads costs
 an eight-wide wgmma instead of a padded 64-row one, and scores and sums are a few registers a thread. A worker is one
-producer warp, which gathers pages into a ring of [block, D] tiles, and one consumer warpgroup; a CTA holds several, so
-that the bubbles between two items of one are filled by the others. An item is (unit, kv head), a unit one split of one
-row; splits lie at fixed distances from the first block a row sees, so a row's bits depend on nothing but the row.
+producer warp, which finds out from the raw metadata what there is to do and gathers pages into a ring of [block, D]
+tiles, and one consumer warpgroup, which is told by a record a row what it gets; a CTA holds several, so that the
+bubbles between two items of one are filled by the others. An item is (split, row, kv head); splits lie at fixed
+distances from the first block a row sees, so a row's bits depend on nothing but the row. With one split the answer is
+final; of several, `combine` joins the parts.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rpa.backends.pallas_gpu import rows
+from rpa.backends.pallas_gpu.rows import Metadata
 from rpa.backends.pallas_gpu.tiles import (
     FLOOR,
     I32,
@@ -48,9 +52,8 @@ class Tiling(NamedTuple):
     splits: int  # splits a row can need
     workers: int  # warpgroups a CTA, each with its own ring
     ctas: int
-
-    def columns(self, shape: Shape) -> int:
-        return -(-shape.group // 8) * 8
+    singles: bool = False  # the rows are one-token sequences, listed by `plan.live_units`; else all query rows
+    lanes: bool = True  # see `rows.search`
 
     @property
     def units(self) -> int:
@@ -58,44 +61,68 @@ class Tiling(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What is left to read of one work item, traced."""
+    """One work item, traced: the first fields are what the producer tells the consumer."""
 
+    blocks: jax.Array  # keys to fold, in blocks
     index: jax.Array  # into the partial results
     token: jax.Array  # row of the queries
-    head: jax.Array
-    sequence: jax.Array
     low: jax.Array  # first key seen
     start: jax.Array  # first key of the first block
     stop: jax.Array  # one past the last key of this split
-    blocks: jax.Array  # 0 where nothing is to be done
+    owner: jax.Array  # as `rows.Row`
+    live: jax.Array  # splits of this row that hold keys, one at least
+    stray: jax.Array  # 1 where a page is none: the row is NaN; told with the last block
+    sequence: jax.Array
+    post: jax.Array  # whether there is anything to do
+
+
+STRAY = Item._fields.index("stray")  # the last field of a record
+RECORD = 16  # its room
 
 
 class Scratch(NamedTuple):
     """One worker's shared memory and barriers."""
 
-    q: jax.Ref  # [N, D]
+    q: jax.Ref  # [2, N, D], of this item and the next
     k: jax.Ref  # [stages, block, D]
     v: jax.Ref  # [stages, block, D]
     p: jax.Ref  # [N, block], weights on their way back into a product
-    q_full: jax.Ref
-    q_free: jax.Ref
+    out: jax.Ref  # [N, D], a final answer on its way out
+    lse: jax.Ref  # [N]
+    record: jax.Ref  # [2 * RECORD]
+    q_full: jax.Ref  # [2]
+    q_free: jax.Ref  # [2]
     k_full: jax.Ref  # [stages]
     v_full: jax.Ref
     k_free: jax.Ref
     v_free: jax.Ref
 
 
+class Outputs(NamedTuple):
+    """Where results go: the answer itself with one split, else the parts of every (split, row, kv head)."""
+
+    output: Any = None  # [T, Hq, D]
+    lse: Any = None  # f32 [T, Hq], where asked for
+    acc: Any = None  # f32 [items, D, N], unnormalised
+    m: Any = None  # f32 [items, N], in units of log 2
+    l: Any = None  # f32 [items, N], NaN where a page is none or the row's sequence is invalid
+    live: Any = None  # i32 [R], splits of each row that hold keys; 0 where the row is nobody's
+
+
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
-    n, d, dtype = tiling.columns(shape), shape.head_dim, shape.dtype
+    n, d, dtype = shape.columns, shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     return Scratch(
-        q=smem((n, d), dtype),
+        q=smem((2, n, d), dtype),
         k=smem((tiling.stages, tiling.block, d), dtype),
         v=smem((tiling.stages, tiling.block, d), dtype),
         p=smem((n, tiling.block), dtype, like=d),
-        q_full=plgpu.Barrier(),
-        q_free=plgpu.Barrier(),
+        out=plgpu.SMEM((n, d), jnp.dtype(dtype)),
+        lse=plgpu.SMEM((n,), jnp.float32),
+        record=plgpu.SMEM((2 * RECORD,), jnp.int32),
+        q_full=plgpu.Barrier(num_barriers=2),
+        q_free=plgpu.Barrier(num_barriers=2),
         k_full=ring(num_arrivals=copies),
         v_full=ring(num_arrivals=copies),
         k_free=ring(),
@@ -103,60 +130,107 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     )
 
 
-def item_at(index, units_ref, shape: Shape, tiling: Tiling) -> Item:
-    """Reads one item's unit (token, sequence, position or -1, split) and finds its keys."""
-    head, unit = lax.rem(index, I32(shape.kv_heads)), lax.div(index, I32(shape.kv_heads))
-    token, sequence, position, split = (units_ref[field, unit] for field in range(4))
+def item_at(index, meta: Metadata, units_ref, shape: Shape, tiling: Tiling) -> Item:
+    """Finds one item's row and keys; items are dealt by split, row and head, heads fastest."""
+    unit = lax.div(index, I32(shape.kv_heads))
+    if tiling.singles:
+        token, sequence, position, split = (units_ref[field, unit] for field in range(4))
+        owner = live = I32(1)
+        head = lax.rem(index, I32(shape.kv_heads))
+        index = (split * tiling.rows + sequence) * shape.kv_heads + head
+    else:
+        token, split = lax.rem(unit, I32(tiling.rows)), lax.div(unit, I32(tiling.rows))
+        row = rows.row_at(token, meta, shape, tiling.lanes)
+        sequence, position, owner = row.sequence, row.position, row.owner
     low, base = first_key(position, shape.window, piece(shape.page, tiling.block))
     start = base + split * tiling.chunk
     stop = jnp.minimum(position + 1, start + tiling.chunk)
     blocks = ceil_div(jnp.maximum(stop - start, 0), tiling.block)
-    return Item(index, token, head, sequence, low, start, stop, blocks)
+    stray, post = I32(0), jnp.bool_(True)
+    if not tiling.singles:  # `plan.owners` has looked at those
+        live = jnp.maximum(ceil_div(position + 1 - base, tiling.chunk), 1)
+        post = split < live
+        needed = (owner == 1) & (split == 0)  # once a row is enough
+        stray = rows.strays(base, position + 1, needed, row, meta, shape)
+    return Item(blocks, index, token, low, start, stop, owner, live, stray, sequence, post)
 
 
-def for_each_item(worker, units_ref, shape: Shape, tiling: Tiling, body):
-    """Runs `body(item, step, nth)` over this worker's items; `step` counts ring slots used before, `nth` live items.
+def for_each_item(worker, meta: Metadata, units_ref, shape: Shape, tiling: Tiling, body):
+    """Runs `body(item, step, nth, following)` over this worker's items; it returns `following()`, the next item.
 
-    Returns both counts after the last item.
+    `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
     """
     workers = tiling.workers * tiling.ctas
-    total = units_ref[4, 0] * shape.kv_heads
+    units = units_ref[4, 0] if tiling.singles else I32(tiling.units)
+    total = units * shape.kv_heads
     mine = lax.div(jnp.maximum(total - worker + (workers - 1), 0), I32(workers))
 
-    def loop(i, carry):
-        step, nth = carry
-        item = item_at(worker + i * workers, units_ref, shape, tiling)
-        pl.when(item.blocks > 0)(lambda: body(item, step, nth))
-        return step + item.blocks, nth + jnp.minimum(item.blocks, 1)
+    def item_of(i):
+        index = jnp.minimum(worker + i * workers, total - 1)
+        return item_at(jnp.maximum(index, 0), meta, units_ref, shape, tiling)
 
-    return lax.fori_loop(0, mine, loop, (I32(0), I32(0)))
+    def loop(i, carry):
+        step, nth, item = carry
+        following = functools.partial(item_of, i + 1)
+        item_after = lax.cond(item.post, lambda: body(item, step, nth, following), following)
+        return step + jnp.where(item.post, item.blocks, 0), nth + jnp.where(item.post, 1, 0), item_after
+
+    return lax.fori_loop(0, mine, loop, (I32(0), I32(0), item_of(0)))[:2]
+
+
+def heads_at(head, shape: Shape):
+    """(first of the N heads that are loaded for a kv head, how many of them lie before its group).
+
+    The group's neighbours fill the columns that it leaves: columns do not mix.
+    """
+    eight = jnp.minimum(lax.div(head * shape.group, I32(8)), (shape.loaded_heads - shape.columns) // 8)
+    first = eight * 8  # last, so that the compiler sees what TMA asks
+    return first, head * shape.group - first
 
 
 # ------------------------------------------------------------------ producer
 
 
-def produce(worker, q_ref, kv_ref, tables_ref, units_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
-    """The producer warp: queries, then the pages of each block, as ring slots fall free."""
-    n = tiling.columns(shape)
+def produce(worker, q_ref, kv_ref, meta: Metadata, units_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """The producer warp: a record and queries, then the pages of each block, as ring slots fall free."""
+    n = shape.columns
 
-    def body(item: Item, step, nth):
-        pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
-        first = (item.token * shape.kv_heads + item.head) * n
-        plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first, n)], s.q, s.q_full)
-        last = lax.div(item.stop - 1, I32(piece(shape.page, tiling.block))) * piece(shape.page, tiling.block)
+    def post(item: Item, nth):
+        slot = lax.rem(nth, I32(2))
+        pl.when(nth >= 2)(lambda: plgpu.barrier_wait(s.q_free.at[slot]))
+        for place, value in enumerate(item[: STRAY + 1]):
+            s.record[slot * RECORD + place] = value
 
-        @pl.loop(0, item.blocks)
-        def _(i):
-            fill_slot(
-                item, item.start + i * tiling.block, last, step + i, kv_ref, tables_ref, s, shape, tiling
-            )
+        @pl.when(item.blocks > 0)
+        def _():
+            first, _ = heads_at(lax.rem(item.index, I32(shape.kv_heads)), shape)
+            source = q_ref.at[item.token, pl.ds(first, n)]
+            plgpu.copy_gmem_to_smem(source, s.q.at[slot], s.q_full.at[slot])
 
-    drain(*for_each_item(worker, units_ref, shape, tiling, body), s, tiling)
+        pl.when(item.blocks <= 0)(lambda: plgpu.barrier_arrive(s.q_full.at[slot]))
+
+    def body(item: Item, step, nth, following):
+        post(item, nth)
+
+        def block(i, stray):
+            return fill_slot(item, i, step + i, nth, stray, kv_ref, meta, s, shape, tiling)
+
+        # The next item is looked for while the ring is full.
+        first = jnp.minimum(item.blocks, tiling.stages)
+        stray = lax.fori_loop(0, first, block, item.stray)
+        after = following()
+        lax.fori_loop(first, item.blocks, block, stray)
+        return after
+
+    step, nth = for_each_item(worker, meta, units_ref, shape, tiling, body)
+    post(Item(I32(-1), *(I32(0),) * (len(Item._fields) - 1)), nth)
+    drain(step, nth + 1, s, tiling)
 
 
 def drain(step, nth, s: Scratch, tiling: Tiling) -> None:
     """Waits for the consumer's last releases, so that no barrier is left a phase behind."""
-    pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
+    for slot in range(2):
+        pl.when(nth > slot)(lambda slot=slot: plgpu.barrier_wait(s.q_free.at[slot]))
     for slot in range(tiling.stages):
 
         @pl.when(step > slot)
@@ -165,56 +239,83 @@ def drain(step, nth, s: Scratch, tiling: Tiling) -> None:
             plgpu.barrier_wait(s.v_free.at[slot])
 
 
-def fill_slot(
-    item: Item, key, last, step, kv_ref, tables_ref, s: Scratch, shape: Shape, tiling: Tiling
-) -> None:
-    """Copies the keys and values of one block, page by page, into the slot of `step`."""
+def fill_slot(item: Item, i, step, nth, stray, kv_ref, meta: Metadata, s: Scratch, shape: Shape, tiling: Tiling):
+    """Copies the keys and values of block `i`, page by page, into the slot of `step`; returns `stray`, updated."""
     run = piece(shape.page, tiling.block)
-    slot = lax.rem(step, I32(tiling.stages))
-    # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live one repeat
-    # it: its lines are in the L2, and the consumer zeroes what no row may see.
-    places = [
-        page_of(jnp.minimum(key + j * run, last), item.sequence, tables_ref, shape)
-        for j in range(tiling.block // run)
-    ]
+    slot, head = lax.rem(step, I32(tiling.stages)), lax.rem(item.index, I32(shape.kv_heads))
+    key = lax.div(item.start, I32(run)) * run + i * tiling.block  # the compiler must see that pieces are aligned
+    # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live key are not
+    # copied: the consumer masks their scores and zeroes their values.
+    keys = [key + j * run for j in range(tiling.block // run)]
+    last = lax.div(item.stop - 1, I32(run)) * run
+    places = [page_of(jnp.minimum(k, last), item.sequence, meta.tables, shape) for k in keys]
+    for _, _, bad in places:
+        stray = stray | bad
+    s.record[lax.rem(nth, I32(2)) * RECORD + STRAY] = stray
     for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full, s.v_free)):
         pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-        for j, (page, offset) in enumerate(places):
-            source = kv_ref.at[page, pl.ds(offset, run), 2 * item.head + which]
-            plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
+        for j, (page, offset, _) in enumerate(places):
+
+            @pl.when(keys[j] < item.stop)
+            def _(j=j, page=page, offset=offset, which=which, ring=ring, full=full):
+                source = kv_ref.at[page, pl.ds(offset, run), 2 * head + which]
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
+
+            if j:  # a block holds one key at least
+                pl.when(keys[j] >= item.stop)(lambda full=full: plgpu.barrier_arrive(full.at[slot]))
+    return stray
 
 
 # ------------------------------------------------------------------ consumer
 
 
-def consume(worker, units_ref, o_ref, m_ref, l_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
-    """The consumer warpgroup: an online softmax over the blocks of each item, its partial result to global memory."""
-    n, d = tiling.columns(shape), shape.head_dim
+def consume(outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """The consumer warpgroup: an online softmax over the blocks of each item that the producer names."""
+    n, d = shape.columns, shape.head_dim
 
-    def body(item: Item, step, nth):
-        del nth
-        plgpu.barrier_wait(s.q_full)
+    def body(item: Item, slot, step):
         start = (
             plgpu.layout_cast(jnp.zeros((d, n), jnp.float32), WG),
             plgpu.layout_cast(jnp.full((n,), FLOOR, jnp.float32), COLUMNS),
             plgpu.layout_cast(jnp.zeros((tiling.block, n), jnp.float32), WG),
         )
-        fold = functools.partial(fold_block, item, step, s=s, shape=shape, tiling=tiling)
+        fold = functools.partial(fold_block, item, slot, step, s=s, shape=shape, tiling=tiling)
         acc, m, l = lax.fori_loop(0, item.blocks, fold, start)
-        plgpu.barrier_arrive(s.q_free)
-        o_ref[item.index] = acc
-        m_ref[item.index] = m
-        l_ref[item.index] = l.sum(axis=0)
+        # Known only now: the producer looks at page ids as it goes.
+        wrong = (item.owner == 2) | (s.record[slot * RECORD + STRAY] != 0)
+        plgpu.barrier_arrive(s.q_free.at[slot])
+        l = l.sum(axis=0) + jnp.where(wrong, jnp.nan, 0.0)
+        if tiling.splits == 1:
+            write_answer(item, acc, m, l, outs, sinks_ref, s, shape, tiling)
+        else:
+            outs.acc[item.index], outs.m[item.index], outs.l[item.index] = acc, m, l
+            if outs.live is not None:  # the first item of a row tells how many parts it has
 
-    for_each_item(worker, units_ref, shape, tiling, body)
+                @pl.when(item.index < tiling.rows * shape.kv_heads)
+                def _():
+                    row = lax.div(item.index, I32(shape.kv_heads))
+                    outs.live[row] = jnp.where(item.owner == 0, 0, item.live)
+
+    def loop(carry):
+        step, nth, _ = carry
+        slot = lax.rem(nth, I32(2))
+        plgpu.barrier_wait(s.q_full.at[slot])
+        told = [s.record[slot * RECORD + place] for place in range(STRAY)]
+        item = Item(*told, I32(0), I32(0), I32(0))
+        pl.when(item.blocks >= 0)(lambda: body(item, slot, step))
+        pl.when(item.blocks < 0)(lambda: plgpu.barrier_arrive(s.q_free.at[slot]))
+        return step + jnp.maximum(item.blocks, 0), nth + 1, item.blocks
+
+    lax.while_loop(lambda carry: carry[2] >= 0, loop, (I32(0), I32(0), I32(0)))
+    plgpu.wait_smem_to_gmem(0)
 
 
-def fold_block(item: Item, step, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
+def fold_block(item: Item, q_slot, step, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
     """Folds one block into (acc [D, N], m [N], l [block, N]); l is summed over its rows only at the end."""
     acc, m, l = carry
     slot = lax.rem(step + i, I32(tiling.stages))
     key = item.start + i * tiling.block
-    z = masked(scores(s, slot, shape, tiling), key, item, tiling)
+    z = masked(scores(s, q_slot, slot, shape, tiling), key, item, tiling)
     m_new = jnp.maximum(m, z.max(axis=0))
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z - across(m_new, z))
@@ -227,10 +328,10 @@ def fold_block(item: Item, step, i, carry, *, s: Scratch, shape: Shape, tiling: 
     return acc * across(alpha, acc) + pv, m_new, l * across(alpha, l) + p
 
 
-def scores(s: Scratch, slot, shape: Shape, tiling: Tiling):
+def scores(s: Scratch, q_slot, slot, shape: Shape, tiling: Tiling):
     """Capped, scaled logits of one block in units of log 2, [block, N]."""
     plgpu.barrier_wait(s.k_full.at[slot])
-    x = product(s.k.at[slot], s.q.transpose((1, 0)))
+    x = product(s.k.at[slot], s.q.at[q_slot].transpose((1, 0)))
     plgpu.barrier_arrive(s.k_free.at[slot])
     if shape.cap is None:
         return x * (shape.scale * LOG2E)
@@ -283,39 +384,97 @@ def apart(consumers, wg, nth: int = 0) -> None:
     pl.when(wg == nth)(consumers[nth])
 
 
+# ------------------------------------------------------------------ output
+
+
+def normalised(acc, m, l, sink, owned):
+    """(output f32 [D, N], lse [N]) of a row: NaN where `l` is, 0 and -inf or the sink where nothing was seen."""
+    if sink is not None:
+        top = jnp.maximum(m, sink * LOG2E)
+        scale = jnp.exp2(m - top)
+        l = l * scale + jnp.exp2(sink * LOG2E - top)
+    else:
+        top, scale = m, 1.0
+    empty = l == 0
+    total = jnp.where(empty, 1.0, l)
+    lse = jnp.where(empty | ~owned, -jnp.inf, (top + jnp.log2(total)) / LOG2E)
+    return acc * across(scale / total, acc), lse
+
+
+def write_answer(
+    item: Item, acc, m, l, outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling
+) -> None:
+    """The row's answer for one kv head; nobody's rows, of no keys, become zeros."""
+    head = lax.rem(item.index, I32(shape.kv_heads))
+    first, before = heads_at(head, shape)
+    sink = None
+    if sinks_ref is not None:
+        sink = plgpu.load(sinks_ref.at[pl.ds(first, shape.columns)], layout=COLUMNS, optimized=False)
+    out, lse = normalised(acc, m, l, sink, item.owner != 0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
+    s.out.transpose((1, 0))[...] = out.astype(shape.dtype)
+    if outs.lse is not None:
+        s.lse[...] = lse
+    plgpu.commit_smem()
+    heads = pl.ds(head * shape.group, shape.group)
+    plgpu.copy_smem_to_gmem(s.out.at[pl.ds(before, shape.group)], outs.output.at[item.token, heads])
+    if outs.lse is not None:
+
+        @pl.loop(0, shape.group)
+        def _(i):
+            outs.lse[item.token, head * shape.group + i] = s.lse[before + i]
+
+
 # ------------------------------------------------------------------ the kernel of decode alone
 
 
-def partial_types(shape: Shape, tiling: Tiling) -> tuple:
-    """Unnormalised results of every (unit, kv head): acc [items, D, N], m (log 2) and l [items, N], all f32."""
-    items, n = tiling.units * shape.kv_heads, tiling.columns(shape)
-    dims = ((items, shape.head_dim, n), (items, n), (items, n))
-    return tuple(jax.ShapeDtypeStruct(d, jnp.float32) for d in dims)
+def result_types(shape: Shape, tiling: Tiling, with_lse: bool) -> Outputs:
+    """The arrays of `Outputs` that this tiling writes."""
+    items, n = tiling.units * shape.kv_heads, shape.columns
+    if tiling.splits > 1:
+        parts = ((items, shape.head_dim, n), (items, n), (items, n))
+        acc, m, l = (jax.ShapeDtypeStruct(dims, jnp.float32) for dims in parts)
+        live = None if tiling.singles else jax.ShapeDtypeStruct((tiling.rows,), jnp.int32)
+        return Outputs(acc=acc, m=m, l=l, live=live)
+    dims = (shape.tokens, shape.q_heads)
+    lse = jax.ShapeDtypeStruct(dims, jnp.float32) if with_lse else None
+    return Outputs(jax.ShapeDtypeStruct((*dims, shape.head_dim), jnp.dtype(shape.dtype)), lse)
 
 
-def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
-    """`partial_types`, computed; items of no keys are not written.
+def attend(
+    q, kv_pages, meta: Metadata, units, sinks, shape: Shape, tiling: Tiling, with_lse: bool
+) -> Outputs:
+    """The decode rows' `Outputs`; parts of items that hold no keys are not written.
 
     Args:
-        q: [T * Hkv * N, D], the group padded to N heads.
-        units: i32 [5, units], see `plan.units_of_rows`.
+        q: [T, heads, D], `shape.loaded_heads` of them. units: of `plan.Units`, where the rows are listed.
+        sinks: f32 [heads] or None, read with one split only.
     """
+    types = result_types(shape, tiling, with_lse)
+    sinks = sinks if tiling.splits == 1 else None
 
-    def body(q_ref, kv_ref, tables_ref, units_ref, o_ref, m_ref, l_ref, *workers):
+    def body(q_ref, kv_ref, *rest):
+        rest = list(rest)
+        meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
+        units_ref = rest.pop(0) if units is not None else None
+        sinks_ref = rest.pop(0) if sinks is not None else None
+        outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
+        workers = rest
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+        registers = {1: (232, 56), 2: (224, 56), 3: (152, 56), 4: (104, 64)}[tiling.workers]
 
-        def consumer(w, s):
+        def consumer(s):
             def run():
-                plgpu.set_max_registers({1: 232, 2: 232, 3: 152}[tiling.workers], action="increase")
-                consume(cta + w * tiling.ctas, units_ref, o_ref, m_ref, l_ref, s, shape, tiling)
+                plgpu.set_max_registers(registers[0], action="increase")
+                consume(outs, sinks_ref, s, shape, tiling)
 
             return run
 
-        apart([consumer(w, s) for w, s in enumerate(workers)], wg)
+        apart([consumer(s) for s in workers], wg)
 
         @pl.when(wg == tiling.workers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(registers[1], action="decrease")
 
             @plgpu.warp_map
             def _(warp):
@@ -323,11 +482,13 @@ def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
 
                     @pl.when(warp == w)
                     def _(w=w, s=s):
-                        produce(cta + w * tiling.ctas, q_ref, kv_ref, tables_ref, units_ref, s, shape, tiling)
+                        produce(
+                            cta + w * tiling.ctas, q_ref, kv_ref, meta_refs, units_ref, s, shape, tiling
+                        )
 
-    return plgpu.kernel(
+    results = plgpu.kernel(
         body,
-        out_type=partial_types(shape, tiling),
+        out_type=tuple(t for t in types if t is not None),
         scratch_types=(scratch_types(shape, tiling),) * tiling.workers,
         grid=(tiling.ctas,),
         grid_names=("cta",),
@@ -335,4 +496,6 @@ def partials(q, kv_pages, tables, units, shape: Shape, tiling: Tiling):
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
         kernel_name="rpa_decode",
-    )(q, kv_pages, tables, units)
+    )(q, kv_pages, *meta, *(x for x in (units, sinks) if x is not None))
+    results = list(results)
+    return Outputs(*(None if t is None else results.pop(0) for t in types))

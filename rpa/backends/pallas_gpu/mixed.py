@@ -17,25 +17,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rpa.backends.pallas_gpu import decode, prefill
+from rpa.backends.pallas_gpu.decode import Outputs
+from rpa.backends.pallas_gpu.rows import Metadata
 from rpa.backends.pallas_gpu.tiles import Shape
 
 
 def attend(
-    q, kv_pages, tables, count, tiles, fills, sinks, singles, units, shape: Shape, tiling: prefill.Tiling,
+    q, kv_pages, meta: Metadata, count, tiles, fills, sinks, shape: Shape, tiling: prefill.Tiling, units,
     decoding: decode.Tiling, with_lse: bool,
 ):  # fmt: skip
-    """`prefill.attend` on the listed tiles and `decode.partials` on the units: (output, lse or None, partials).
+    """`prefill.attend` on the listed tiles, `decode.attend` on the listed units: (output, lse or None, parts).
 
-    Args:
-        singles: the queries as decode reads them. units: i32 [5, units]. The rest as `prefill.attend`.
+    With one split the decode rows' answers are in `output` already, and of `Outputs` there is nothing.
     """
     spare = 512 - 2 * tiling.registers[0] - tiling.registers[1]  # registers left to the decode warpgroup
+    dims = (shape.tokens, shape.q_heads)
+    types = Outputs(jax.ShapeDtypeStruct((*dims, shape.head_dim), jnp.dtype(shape.dtype)))
+    if with_lse:
+        types = types._replace(lse=jax.ShapeDtypeStruct(dims, jnp.float32))
+    if decoding.splits > 1:
+        parts = decode.result_types(shape, decoding, with_lse)
+        types = parts._replace(output=types.output, lse=types.lse)
 
     def body(*refs):
-        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fills_ref, singles_ref, units_ref, *rest = refs
+        q_ref, kv_ref, *rest = refs
+        meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
+        count_ref, tiles_ref, fills_ref, units_ref = (rest.pop(0) for _ in range(4))
         sinks_ref = rest.pop(0) if sinks is not None else None
-        o_ref, acc_ref, m_ref, l_ref = (rest.pop(0) for _ in range(4))
-        lse_ref = rest.pop(0) if with_lse else None
+        outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         s, d = rest
         s = prefill.unpacked(s, tiling)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -48,31 +57,28 @@ def attend(
             def _(warp):
                 @pl.when(warp == 0)
                 def _():
+                    tables_ref = meta_refs.tables
                     prefill.produce(cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
 
                 @pl.when(warp == 1)
                 def _():
-                    decode.produce(cta, singles_ref, kv_ref, tables_ref, units_ref, d, shape, decoding)
+                    decode.produce(cta, q_ref, kv_ref, meta_refs, units_ref, d, shape, decoding)
 
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(spare, action="decrease")
-            decode.consume(cta, units_ref, acc_ref, m_ref, l_ref, d, shape, decoding)
+            decode.consume(outs, sinks_ref, d, shape, decoding)
 
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(tiling.registers[0], action="increase")
-            prefill.consume(wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
-            pl.when(wg == 0)(lambda: prefill.fill(cta, fills_ref, o_ref, s, shape, tiling))
+            prefill.consume(wg, cta, count_ref, tiles_ref, sinks_ref, outs.output, outs.lse, s, shape, tiling)
+            pl.when(wg == 0)(lambda: prefill.fill(cta, fills_ref, outs.output, s, shape, tiling))
 
-    outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
-    outs += decode.partial_types(shape, decoding)
-    if with_lse:
-        outs.append(jax.ShapeDtypeStruct((shape.q_heads, shape.tokens), jnp.float32))
-    args = [q, kv_pages, tables, count, tiles, fills, singles, units] + ([] if sinks is None else [sinks])
-    output, acc, m, l, *lse = plgpu.kernel(
+    args = [q, kv_pages, *meta, count, tiles, fills, units] + ([] if sinks is None else [sinks])
+    results = plgpu.kernel(
         body,
-        out_type=tuple(outs),
+        out_type=tuple(t for t in types if t is not None),
         scratch_types=(prefill.scratch_types(shape, tiling), decode.scratch_types(shape, decoding)),
         grid=(tiling.ctas,),
         grid_names=("cta",),
@@ -81,4 +87,6 @@ def attend(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=decode.REDUCTION),
         kernel_name="rpa_mixed",
     )(*args)
-    return output, lse[0] if with_lse else None, (acc, m, l)
+    results = list(results)
+    done = Outputs(*(None if t is None else results.pop(0) for t in types))
+    return done.output, done.lse, done

@@ -60,28 +60,11 @@ def astray(tables, begin, end, context, shape: Shape):
     return seen & ((tables < 0) | (tables >= shape.pages))
 
 
-def decode_rows(own: Owners, rows: int):
-    """i32 [4, T]: token, sequence, position (-1 where nothing is to be read) and owner of every query row.
-
-    The owner is 1 where a valid sequence owns the row, 2 where an invalid one does, 0 where none.
-    """
+def row_owners(own: Owners, rows: int):
+    """i32 [T]: every query row's owner: 1 where it is a valid sequence, 2 an invalid one, 0 nobody."""
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     mine = (row >= own.start) & (row < own.stop) & own.live  # [T, S], at most one a row
-    sequence = jnp.max(jnp.where(mine, jnp.arange(own.start.shape[0], dtype=jnp.int32), 0), axis=1)
-    position = jnp.max(jnp.where(mine & own.valid, own.context - own.stop + row, -1), axis=1)
-    owner = jnp.max(jnp.where(mine, jnp.where(own.valid, 1, 2), 0), axis=1)
-    return jnp.stack([row[:, 0], sequence, position, owner]).astype(jnp.int32)
-
-
-def single_rows(own: Owners):
-    """i32 [4, S]: the one-token sequences as decode rows, like `decode_rows`; the others' position is -1.
-
-    The token is the sequence's own number: decode is given one query row of each sequence.
-    """
-    single = own.live & own.valid & (own.stop - own.start == 1)
-    position = jnp.where(single, own.context - 1, -1)
-    sequence = jnp.arange(own.start.shape[0])
-    return jnp.stack([sequence, sequence, position, jnp.where(single, 1, 0)]).astype(jnp.int32)
+    return jnp.max(jnp.where(mine, jnp.where(own.valid, 1, 2), 0), axis=1).astype(jnp.int32)
 
 
 def tile_bound(shape: Shape, sequences: int, tokens: int, shortest: int) -> int:
@@ -139,49 +122,28 @@ def fills(own: Owners, rows: int):
 
 
 class Units(NamedTuple):
-    """The splits of decode rows that a kernel runs through, and where a row's are."""
+    """The live splits of the one-token sequences, for the decode role of a mixed batch."""
 
-    fields: (
-        jax.Array
-    )  # i32 [5, units]: token, sequence, position or -1, split; [4, 0] holds how many there are
-    splits: jax.Array  # i32 [R], live splits of each row
-    first: (
-        jax.Array | None
-    )  # i32 [R], the unit of a row's first split; None: split `c` of row `r` is unit c * R + r
+    fields: jax.Array  # i32 [5, units]: token, sequence, position, split; [4, 0] holds how many there are
+    splits: jax.Array  # i32 [S], how many each sequence has; 0 where it is none of decode's
 
 
-def splits_of(rows, shape: Shape, tiling: decode.Tiling):
-    """i32 [R]: how many splits of each row hold keys, as the kernel finds them."""
-    position = rows[2]
+def live_units(own: Owners, shape: Shape, tiling: decode.Tiling) -> Units:
+    """The live splits, row by row: in a mixed batch most rows are short, or not decode's at all."""
+    single = own.live & own.valid & (own.stop - own.start == 1)
+    position = jnp.where(single, own.context - 1, -1)
     base = 0
     if shape.window is not None:
         align = piece(shape.page, tiling.block)
         base = jnp.maximum(position - (shape.window - 1), 0) // align * align
-    return (position + 1 - base + tiling.chunk - 1) // tiling.chunk
-
-
-def units_of_rows(rows, shape: Shape, tiling: decode.Tiling) -> Units:
-    """Every split of every row, live or not: nothing to search, for batches whose rows are about equally long."""
-    fields = jnp.broadcast_to(rows[:3, None], (3, tiling.splits, tiling.rows))
-    split = jnp.broadcast_to(
-        jnp.arange(tiling.splits, dtype=jnp.int32)[:, None], (tiling.splits, tiling.rows)
-    )
-    fields = jnp.concatenate([fields, split[None], jnp.full_like(split, tiling.units)[None]])
-    return Units(fields.reshape(5, tiling.units), splits_of(rows, shape, tiling), None)
-
-
-def live_units(rows, shape: Shape, tiling: decode.Tiling) -> Units:
-    """The live splits alone, row by row: for batches where most rows are short or not decode rows at all."""
-    splits = splits_of(rows, shape, tiling)
+    splits = jnp.where(single, jnp.maximum((position + 1 - base + tiling.chunk - 1) // tiling.chunk, 1), 0)
     index = jnp.arange(tiling.rows)
     through = jnp.sum(jnp.where(index[None, :] <= index[:, None], splits[None, :], 0), axis=1)
     first = through - splits
     unit = jnp.arange(tiling.units, dtype=jnp.int32)[:, None]
     mine = (unit < through) & (unit >= first)
-    token, sequence, position, start = (
-        jnp.sum(jnp.where(mine, field, 0), axis=1) for field in (rows[0], rows[1], rows[2], first)
+    token, sequence, place, start = (
+        jnp.sum(jnp.where(mine, field, 0), axis=1) for field in (own.start, index, position, first)
     )
-    count = jnp.full_like(token, through[-1])
-    return Units(
-        jnp.stack([token, sequence, position, unit[:, 0] - start, count]).astype(jnp.int32), splits, first
-    )
+    fields = jnp.stack([token, sequence, place, unit[:, 0] - start, jnp.full_like(token, through[-1])])
+    return Units(fields.astype(jnp.int32), splits.astype(jnp.int32))

@@ -59,6 +59,8 @@ class Tiling(NamedTuple):
     ahead: bool = False  # the next block's scores are computed under this block's softmax
     registers: tuple[int, int] = (232, 40)  # consumer, producer
     memory: int = 0  # where the output is staged: APART, SPARE or SHARED
+    queries: int = 2  # tiles whose queries have room: with two, the next tile's load under this tile's work
+    teams: int = 1  # pairs of consumer warpgroups a CTA, each pair with tiles and a ring of its own
 
     def heads(self, shape: Shape) -> int:
         """Heads of a group that one tile serves."""
@@ -87,15 +89,15 @@ class Item(NamedTuple):
 class Scratch(NamedTuple):
     """A CTA's shared memory and barriers."""
 
-    q: jax.Ref  # [2, M, D]
+    q: jax.Ref  # [2 * queries, M, D]
     k: jax.Ref  # [stages, block, D]
     v: jax.Ref  # [stages, block, D]
-    out: jax.Ref  # [2, M, D], whole tiles on their way out
-    tail: jax.Ref  # [2, M, D], not swizzled: tiles that are not whole leave by rows
+    out: jax.Ref  # [2, M, D] (or as `q`), whole tiles on their way out
+    tail: jax.Ref  # as `out`, not swizzled: tiles that are not whole leave by rows, padded to what TMA can address
     lse: jax.Ref  # [2, M]
     p: jax.Ref  # [2, M, block] where `staged`
-    q_full: jax.Ref  # [2]
-    q_free: jax.Ref
+    q_full: jax.Ref  # [2 * queries]
+    q_free: jax.Ref  # [queries]
     k_full: jax.Ref  # [stages]
     v_full: jax.Ref
     k_free: jax.Ref
@@ -108,18 +110,21 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     d, dtype = shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
-    q, tail = smem((2, M, d), dtype), plgpu.SMEM((2, M, d), jnp.dtype(dtype))
-    both, none = plgpu.RefUnion(q, tail), plgpu.SMEM((M,), jnp.float32)
+    held = 2 * tiling.queries
+    staged = held if tiling.memory == SHARED else 2
+    q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, M, -(-d // 64) * 64), jnp.dtype(dtype))
+    out = smem((staged, M, d), dtype)
+    both, none = plgpu.RefUnion(out, tail), plgpu.SMEM((M,), jnp.float32)
     return Scratch(
         q=both if tiling.memory == SHARED else q,
-        out=(q, both, none)[tiling.memory],
+        out=(out, both, none)[tiling.memory],
         tail=tail if tiling.memory == APART else none,
         k=smem((tiling.stages, tiling.block, d), dtype),
         v=smem((tiling.stages, tiling.block, d), dtype),
         lse=plgpu.SMEM((2, M), jnp.float32),
         p=smem((2, M, tiling.block) if tiling.staged else (2, 8, d), dtype, like=d),
-        q_full=plgpu.Barrier(num_barriers=2),
-        q_free=plgpu.Barrier(num_arrivals=2),
+        q_full=plgpu.Barrier(num_barriers=held),
+        q_free=plgpu.Barrier(num_barriers=tiling.queries, num_arrivals=2),
         k_full=ring(num_arrivals=copies),
         v_full=ring(num_arrivals=copies),
         k_free=ring(num_arrivals=2),
@@ -153,17 +158,17 @@ def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
     return Item(token * 8, begin, end, position, sequence, kv_head, head, low, base, stop, blocks)
 
 
-def for_each_item(cta, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body):
-    """Runs `body(item, step, nth)` over this CTA's items; the list is dealt back and forth, longest tiles first.
+def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body):
+    """Runs `body(item, step, nth)` over this team's items; the list is dealt back and forth, longest tiles first.
 
     `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
     """
     pairs = shape.q_heads // tiling.heads(shape)
-    total, n = count_ref[0] * pairs, tiling.ctas
+    total, n = count_ref[0] * pairs, tiling.ctas * tiling.teams
 
     def loop(i, carry):
         step, nth = carry
-        place = jnp.where(lax.rem(i, I32(2)) == 0, cta, n - 1 - cta)
+        place = jnp.where(lax.rem(i, I32(2)) == 0, team, n - 1 - team)
         index = i * n + place
         item = item_at(jnp.minimum(index, total - 1), tiles_ref, shape, tiling)
         here = index < total
@@ -177,7 +182,7 @@ def for_each_item(cta, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body)
 
 
 def produce(
-    cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling
+    team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling
 ) -> None:
     """The producer warp: both query tiles, then keys and values from the causal edge backwards."""
     heads = tiling.heads(shape)
@@ -190,22 +195,25 @@ def produce(
             key = item.base + (item.blocks - 1 - i) * tiling.block
             fill_slot(item, key, last, step + i, kv_ref, tables_ref, s, shape, tiling)
 
-        # Ring slots fall free before the queries' memory does: the first blocks are on their way by then.
-        early = jnp.where(nth > 0, jnp.minimum(item.blocks, tiling.stages), 0)
+        # Ring slots fall free before the queries' memory does, where it holds one tile: some blocks go first then.
+        early = jnp.minimum(item.blocks, tiling.stages) if tiling.queries == 1 else I32(0)
+        early = jnp.where(nth > 0, early, 0)
         lax.fori_loop(0, early, block, None)
-        pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
+        held = lax.rem(nth, I32(tiling.queries))
+        pl.when(nth >= tiling.queries)(lambda: plgpu.barrier_wait(s.q_free.at[held]))
         for w in range(2):
             rows = pl.ds(item.token + (0 if heads == 2 else w * M), M)
             source = q_ref.at[rows, item.head + (w if heads == 2 else 0)]
-            plgpu.copy_gmem_to_smem(source, s.q.at[w], s.q_full.at[w])
+            plgpu.copy_gmem_to_smem(source, s.q.at[2 * held + w], s.q_full.at[2 * held + w])
         lax.fori_loop(early, item.blocks, block, None)
 
-    drain(*for_each_item(cta, count_ref, tiles_ref, shape, tiling, body), s, tiling)
+    drain(*for_each_item(team, count_ref, tiles_ref, shape, tiling, body), s, tiling)
 
 
 def drain(steps, nth, s: Scratch, tiling: Tiling) -> None:
     """Waits for the consumers' last releases, so that no barrier is left a phase behind."""
-    pl.when(nth > 0)(lambda: plgpu.barrier_wait(s.q_free))
+    for held in range(tiling.queries):
+        pl.when(nth > held)(lambda held=held: plgpu.barrier_wait(s.q_free.at[held]))
     for slot in range(tiling.stages):
 
         @pl.when(steps > slot)
@@ -223,7 +231,7 @@ def fill_slot(
     # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live one repeat
     # it: its lines are in the L2, and the consumers zero what no row may see.
     places = [
-        page_of(jnp.minimum(key + j * run, last), item.sequence, tables_ref, shape)
+        page_of(jnp.minimum(key + j * run, last), item.sequence, tables_ref, shape)[:2]
         for j in range(tiling.block // run)
     ]
     for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full, s.v_free)):
@@ -237,13 +245,14 @@ def fill_slot(
 
 
 def consume(
-    wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
+    wg, team, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
 ) -> None:
-    """One consumer warpgroup (`wg` 0 or 1): an online softmax over the blocks of each tile, its rows to memory."""
+    """One consumer warpgroup, `wg` 0 or 1 of its team: an online softmax over each tile, its rows to memory."""
     heads, d = tiling.heads(shape), shape.head_dim
 
     def body(item: Item, step, nth):
-        del nth
+        held = lax.rem(nth, I32(tiling.queries))
+        place = 2 * held + wg
         ahead = 0 if heads == 2 else wg * M
         mine = item._replace(
             token=item.token + ahead,
@@ -252,26 +261,26 @@ def consume(
             position=item.position + ahead,
             head=item.head + (wg if heads == 2 else 0),
         )
-        plgpu.barrier_wait(s.q_full.at[wg])
+        plgpu.barrier_wait(s.q_full.at[place])
         state = (
             plgpu.layout_cast(jnp.zeros((M, d), jnp.float32), WG),
             plgpu.layout_cast(jnp.full((M,), FLOOR, jnp.float32), ROWS),
             plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROWS),
         )
-        state = fold_all(wg, item, mine, step, state, s, shape, tiling)
+        state = fold_all(wg, place, item, mine, step, state, s, shape, tiling)
         if tiling.memory != SHARED:
-            plgpu.barrier_arrive(s.q_free)
+            plgpu.barrier_arrive(s.q_free.at[held])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-        store(wg, mine, state, sinks_ref, o_ref, lse_ref, s, shape)
+        store(place if tiling.memory == SHARED else wg, mine, state, sinks_ref, o_ref, lse_ref, s, shape)
         if tiling.memory == SHARED:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(s.q_free)
+            plgpu.barrier_arrive(s.q_free.at[held])
 
-    for_each_item(cta, count_ref, tiles_ref, shape, tiling, body)
+    for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
     plgpu.wait_smem_to_gmem(0)
 
 
-def fold_all(wg, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
+def fold_all(wg, place, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
     """Folds every block of the tile: the cut ones at the causal edge, the whole ones, those the window cuts."""
     b = tiling.block
     # Blocks from `whole_end` on hold keys that the first row must not see; below `whole_start`, that the last must not.
@@ -284,18 +293,20 @@ def fold_all(wg, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, 
         whole_start = jnp.minimum(ceil_div(unseen, b), item.blocks)
     whole_end = jnp.maximum(whole_end, whole_start)
     first, second = item.blocks - whole_end, item.blocks - whole_start  # in folding order
-    fold = functools.partial(fold_block, wg, item, mine, step, s=s, shape=shape, tiling=tiling)
-    state = lax.fori_loop(0, first, functools.partial(fold, cut=True), state)
+    fold = functools.partial(fold_block, wg, place, item, mine, step, s=s, shape=shape, tiling=tiling)
+    # A long window and the causal edge never cut one block both: then each is looked at where it cuts.
+    apart = shape.window is not None and shape.window >= tiling.tokens(shape) + b - 1
+    state = lax.fori_loop(0, first, functools.partial(fold, cut="causal" if apart else "both"), state)
     if tiling.ahead:
-        state = fold_ahead(wg, step, first, second, state, s, shape, tiling)
+        state = fold_ahead(place, step, first, second, state, s, shape, tiling)
     else:
         if tiling.turns:
             pl.when(wg == 1)(lambda: take_turn(s))
-        state = lax.fori_loop(first, second, functools.partial(fold, cut=False), state)
+        state = lax.fori_loop(first, second, functools.partial(fold, cut=""), state)
         if tiling.turns:
             pl.when(wg == 0)(lambda: take_turn(s))
     if shape.window is not None:
-        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut=True), state)
+        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut="window" if apart else "both"), state)
     return state
 
 
@@ -305,9 +316,9 @@ def take_turn(s: Scratch) -> None:
 
 
 def fold_block(
-    wg, item: Item, mine: Item, step, i, state, *, cut: bool, s: Scratch, shape: Shape, tiling: Tiling
+    wg, place, item: Item, mine: Item, step, i, state, *, cut: str, s: Scratch, shape: Shape, tiling: Tiling
 ):
-    """Folds one block into (acc [M, D], m [M], l [M]); `cut` blocks are masked, and their dead values zeroed."""
+    """Folds one block into (acc [M, D], m [M], l [M]); where an edge cuts it, it is masked and dead values zeroed."""
     acc, m, l = state
     turns = tiling.turns and not cut
     slot = lax.rem(step + i, I32(tiling.stages))
@@ -315,7 +326,7 @@ def fold_block(
     plgpu.barrier_wait(s.k_full.at[slot])
 
     def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, s.q.at[wg], s.k.at[slot].transpose((1, 0)))
+        plgpu.wgmma(acc_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
         if turns:
             take_turn(s)
         return acc_ref[...]
@@ -324,7 +335,7 @@ def fold_block(
     plgpu.barrier_arrive(s.k_free.at[slot])
     z, unit = logits(x, shape)
     if cut:
-        z = masked(z, key, mine, shape)
+        z = masked(z, key, mine, cut, shape)
     m_new = jnp.maximum(m, z.max(axis=1) * unit)
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z * unit - along(m_new, z))
@@ -349,7 +360,7 @@ def fold_block(
     return acc, m_new, l
 
 
-def fold_ahead(wg, step, first, second, state, s: Scratch, shape: Shape, tiling: Tiling):
+def fold_ahead(place, step, first, second, state, s: Scratch, shape: Shape, tiling: Tiling):
     """Folds whole blocks first..second-1; scores of the next block are multiplied together with values of the last."""
 
     def slot_of(i):
@@ -369,7 +380,7 @@ def fold_ahead(wg, step, first, second, state, s: Scratch, shape: Shape, tiling:
 
         def multiply(x_ref, acc_ref):
             acc_ref[...] = acc
-            plgpu.wgmma(x_ref, s.q.at[wg], s.k.at[now].transpose((1, 0)))
+            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[now].transpose((1, 0)))
             plgpu.barrier_wait(s.v_full.at[before])
             plgpu.wgmma(acc_ref, weights, s.v.at[before])
             x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
@@ -388,7 +399,7 @@ def fold_ahead(wg, step, first, second, state, s: Scratch, shape: Shape, tiling:
         plgpu.barrier_wait(s.k_full.at[slot])
 
         def multiply(x_ref):
-            plgpu.wgmma(x_ref, s.q.at[wg], s.k.at[slot].transpose((1, 0)))
+            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
             return x_ref[...]
 
         x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
@@ -428,14 +439,13 @@ def logits(x, shape: Shape):
     return x * (shape.scale * LOG2E), 1.0
 
 
-def masked(z, key, mine: Item, shape: Shape):
+def masked(z, key, mine: Item, cut: str, shape: Shape):
     """-inf where a row sees no key: past its own position, or before its window."""
     keys = key + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WG)
     position = mine.position + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=WG)
-    seen = keys <= position
-    if shape.window is not None:
-        seen &= keys > position - shape.window
-    return jnp.where(seen, z, -jnp.inf)
+    if shape.window is not None and cut != "causal":
+        z = jnp.where(keys > position - shape.window, z, -jnp.inf)
+    return z if cut == "window" else jnp.where(keys <= position, z, -jnp.inf)
 
 
 def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Tiling) -> None:
@@ -474,62 +484,90 @@ def normalised(state, sink, shape: Shape):
     return acc * along(scale / l, acc), (top + jnp.log2(l)) / LOG2E
 
 
-def store(wg, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
+def store(place, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
     """Rows to memory: a full tile by one TMA, a partial one by its binary parts, so that no neighbour is touched."""
     sink = None if sinks_ref is None else sinks_ref[mine.head]
     out, lse = normalised(state, sink, shape)
     out = out.astype(shape.dtype)
+    rows, wg = mine.end - mine.begin, lax.rem(place, I32(2))
 
-    @pl.when(mine.end - mine.begin == M)
-    def _():
-        s.out.at[wg][...] = out
+    def whole():
+        s.out.at[place][...] = out
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s.out.at[wg], o_ref.at[pl.ds(mine.token, M), mine.head])
+        plgpu.copy_smem_to_gmem(s.out.at[place], o_ref.at[pl.ds(mine.token, M), mine.head])
         if lse_ref is not None:
-            lse_ref[mine.head, pl.ds(mine.token, M)] = lse
+            lse_ref[pl.ds(mine.token, M), mine.head] = lse
 
-    rows = mine.end - mine.begin
+    if shape.tokens >= M:
+        pl.when(rows == M)(whole)
 
     @pl.when((rows > 0) & (rows < M))
     def _():
-        s.tail.at[wg][...] = out
+        stage_rows(out, s.tail.at[place])
         if lse_ref is not None:
             s.lse.at[wg][...] = lse
         plgpu.commit_smem()
-        for bit in (32, 16, 8, 4, 2, 1):
-            done = mine.begin + (rows & ~(2 * bit - 1))
-
-            @pl.when((rows & bit) != 0)
-            def _(bit=bit, done=done):
-                target = o_ref.at[pl.ds(mine.token + done, bit), mine.head]
-                plgpu.copy_smem_to_gmem(s.tail.at[wg, pl.ds(done, bit)], target)
-
+        put_rows(mine, s.tail.at[place], o_ref, shape)
         if lse_ref is not None:
 
             @pl.loop(mine.begin, mine.end)
             def _(i):
-                lse_ref[mine.head, mine.token + i] = s.lse[wg, i]
+                lse_ref[mine.token + i, mine.head] = s.lse[wg, i]
+
+
+def stage_rows(out, tail_ref) -> None:
+    """Rows into memory that TMA reads rows of: at multiples of 128 bytes, so padded where the head size is odd."""
+    d = out.shape[1]
+    if d % 64 == 0:
+        tail_ref[...] = out
+        return
+    for column in range(0, d, 16):  # the padded pitch is a multiple of these, not of the whole row
+        tail_ref.at[:, pl.ds(column, 16)][...] = out[:, column : column + 16]
+
+
+def put_rows(mine: Item, tail_ref, o_ref, shape: Shape) -> None:
+    """Copies rows begin..end-1 of a tile: in binary parts, or one by one where padding parts them."""
+    d, rows = shape.head_dim, mine.end - mine.begin
+
+    def put(first, count):
+        plgpu.copy_smem_to_gmem(
+            tail_ref.at[pl.ds(first, count)], o_ref.at[pl.ds(mine.token + first, count), mine.head]
+        )
+
+    if d % 64:
+
+        @pl.loop(mine.begin, mine.end)
+        def _(i):
+            target = o_ref.at[pl.ds(mine.token + i, 1), mine.head]
+            plgpu.copy_smem_to_gmem(tail_ref.at[pl.ds(i, 1), pl.ds(0, d)], target)
+
+        return
+    for bit in (bit for bit in (32, 16, 8, 4, 2, 1) if bit <= shape.tokens):
+        done = mine.begin + (rows & ~(2 * bit - 1))
+        pl.when((rows & bit) != 0)(lambda bit=bit, done=done: put(done, bit))
 
 
 def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`plan.fills`), each CTA its share."""
     before, after, bad = fills_ref[0], fills_ref[1], fills_ref[2]
-    sequences = (fills_ref.shape[0] - 4) // 2
+    sequences, d = (fills_ref.shape[0] - 4) // 2, shape.head_dim
+    most = M if d % 64 == 0 else 1  # heads a copy
 
     def rows(first, stop, value):
         @pl.when(first + cta < stop)
         def _():
-            constant = jnp.full((M, shape.head_dim), value, jnp.dtype(shape.dtype))
-            s.tail.at[0][...] = plgpu.layout_cast(constant, WG)
+            constant = jnp.full((M, d), value, jnp.dtype(shape.dtype))
+            stage_rows(plgpu.layout_cast(constant, WG), s.tail.at[0])
             plgpu.commit_smem()
             count = ceil_div(stop - first - cta, tiling.ctas)
 
             @pl.loop(0, count)
             def _(i):
-                for head in range(0, shape.q_heads, M):
-                    heads = min(M, shape.q_heads - head)
-                    target = o_ref.at[first + cta + i * tiling.ctas, pl.ds(head, heads)]
-                    plgpu.copy_smem_to_gmem(s.tail.at[0, pl.ds(0, heads)], target)
+                row = o_ref.at[first + cta + i * tiling.ctas]
+                for head in range(0, shape.q_heads, most):
+                    heads = min(most, shape.q_heads - head)
+                    source = s.tail.at[0, pl.ds(0, heads)] if d % 64 == 0 else s.tail.at[0, pl.ds(0, 1), pl.ds(0, d)]
+                    plgpu.copy_smem_to_gmem(source, row.at[pl.ds(head, heads)])
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -547,7 +585,7 @@ def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> Non
 
 
 def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling: Tiling, with_lse: bool):
-    """[T, Hq, D] and, with `with_lse`, f32 [Hq, T] (only the rows of listed tiles).
+    """[T, Hq, D] and, with `with_lse`, f32 [T, Hq] (only the rows of listed tiles).
 
     Args:
         count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
@@ -560,37 +598,43 @@ def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling
         sinks_ref = rest.pop(0) if sinks is not None else None
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
-        (s,) = rest
-        s = unpacked(s, tiling)
+        teams = [unpacked(s, tiling) for s in rest]
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
-        @pl.when(wg == 2)
+        @pl.when(wg == 2 * tiling.teams)
         def _():
             plgpu.set_max_registers(tiling.registers[1], action="decrease")
 
             @plgpu.warp_map
             def _(warp):
-                @pl.when(warp == 0)
-                def _():
-                    produce(cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
+                for t, s in enumerate(teams):
 
-        @pl.when(wg < 2)
-        def _():
-            plgpu.set_max_registers(tiling.registers[0], action="increase")
-            consume(wg, cta, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
-            pl.when(wg == 0)(lambda: fill(cta, fills_ref, o_ref, s, shape, tiling))
+                    @pl.when(warp == t)
+                    def _(t=t, s=s):
+                        team = cta + t * tiling.ctas
+                        produce(team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
+
+        for t, s in enumerate(teams):
+
+            @pl.when((wg >= 2 * t) & (wg < 2 * t + 2))
+            def _(t=t, s=s):
+                plgpu.set_max_registers(tiling.registers[0], action="increase")
+                team = cta + t * tiling.ctas
+                consume(wg - 2 * t, team, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
+                if t == 0:
+                    pl.when(wg == 0)(lambda: fill(cta, fills_ref, o_ref, s, shape, tiling))
 
     outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
     if with_lse:
-        outs.append(jax.ShapeDtypeStruct((shape.q_heads, shape.tokens), jnp.float32))
+        outs.append(jax.ShapeDtypeStruct((shape.tokens, shape.q_heads), jnp.float32))
     args = [q, kv_pages, tables, count, tiles, fills] + ([] if sinks is None else [sinks])
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),
-        scratch_types=(scratch_types(shape, tiling),),
+        scratch_types=(scratch_types(shape, tiling),) * tiling.teams,
         grid=(tiling.ctas,),
         grid_names=("cta",),
-        num_threads=3,
+        num_threads=2 * tiling.teams + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="rpa_prefill",

@@ -49,32 +49,42 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
     if shape.head_dim % 64:  # decode's second product has the head size as its rows, which wgmma takes by 64
         return Program(None, prefill_tiling(shape, sequences, config, ctas, 1, interpreted))
     if tokens <= 4 * sequences:
-        return Program(decode_tiling(shape, tokens, config, ctas), None)
+        return Program(decode_tiling(shape, tokens, config, ctas)._replace(lanes=not interpreted), None)
     if tokens >= LONG * sequences:
         return Program(None, prefill_tiling(shape, sequences, config, ctas, 1, interpreted))
     return mixed_program(shape, sequences, config, ctas, interpreted)
 
 
 def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
-    workers = config.option("workers", 3 if shape.head_dim <= 128 else 1)
+    workers = config.option("workers", 4 if shape.head_dim <= 64 else 3 if shape.head_dim <= 128 else 1)
     block = config.option("decode_block", 64)
     slot = 2 * block * shape.head_dim * jnp.dtype(shape.dtype).itemsize
-    small = (
-        2 * -(-shape.group // 8) * 8 * (shape.head_dim + block) + 2048
-    )  # queries, weights, a reduction's scratch
+    # Queries of two items, an answer and weights; a reduction's scratch, barriers.
+    small = 2 * shape.columns * (3 * shape.head_dim + block) + 2048
     fits = ((SMEM - RESERVED) // workers - small) // slot
     stages = min(config.option("decode_stages", 8), fits)
     span = shape.capacity
     if shape.window is not None:
         span = min(span, shape.window + piece(shape.page, block) - 1)
-    wanted = config.num_kv_splits or max(1, workers * ctas // (rows * shape.kv_heads))
-    chunk = max(-(-span // wanted), config.option("least_chunk", 256))
-    chunk = -(-chunk // block) * block
+    chunk = split(span, rows * shape.kv_heads, workers * ctas, block, config)
     splits = -(-span // chunk)
-    if splits > 64:
-        chunk = -(-span // (64 * block)) * block
-        splits = -(-span // chunk)
     return decode.Tiling(rows, block, stages, chunk, splits, workers, ctas)
+
+
+def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
+    """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
+    least = config.option("least_chunk", 512)
+    most = min(64, max(1, span // least))
+    several = [config.num_kv_splits] if config.num_kv_splits else range(1, most + 1)
+
+    def chunk(splits: int) -> int:
+        return -(-span // (min(splits, 64) * block)) * block
+
+    def cost(splits: int) -> int:
+        real = -(-span // chunk(splits))
+        return -(-real * items // workers) * chunk(splits) + 32 * real
+
+    return chunk(min(several, key=cost))
 
 
 def prefill_tiling(
@@ -86,16 +96,26 @@ def prefill_tiling(
     interpreted: bool,
 ) -> prefill.Tiling:
     narrow = shape.head_dim > 128 or (shape.window is not None and shape.window <= 512)
-    block = config.option("prefill_block", 64 if narrow else 128)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
-    stages = config.num_stages or config.option("prefill_stages", 4 if 64 * size <= 8192 else 2)
+    # At small head sizes the softmax is most of the work: two pairs of consumers fill each other's bubbles.
+    teams = config.option("teams", 2 if shape.head_dim <= 64 and not interpreted else 1)
+    block = config.option("prefill_block", 64 if narrow or teams == 2 else 128)
+    consumer, producer = (240, 24) if teams == 1 else (112, 32)
+    stages = config.num_stages or config.option("prefill_stages", (4, 3)[teams - 1] if 64 * size <= 8192 else 2)
+    room, ring = (SMEM - RESERVED) // teams, 2 * stages * block * size
+    tile = 2 * prefill.M * size  # queries or outputs of one tile
+    # With pages of 16 and long tiles a second place for queries was no gain: 925 us against 852 for 1 x 8k.
+    ahead = teams == 2 or piece(shape.page, block) >= 64
+    queries = config.option("queries", 2 if ahead and ring + 2 * tile <= room else 1)
     memory = prefill.APART if interpreted else prefill.SPARE
-    if (4 * prefill.M + 2 * stages * block) * size > SMEM - RESERVED:
+    if ring + (queries + 1) * tile > room:
         memory = prefill.SHARED
     tiling = prefill.Tiling(
         1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
-        turns=bool(config.option("turns", 1)), ahead=bool(config.option("ahead", 0)), memory=memory,
-        registers=(config.option("consumer_registers", 240), config.option("producer_registers", 24)),
+        turns=bool(config.option("turns", int(teams == 1 or not narrow))), ahead=bool(config.option("ahead", 0)),
+        memory=memory,
+        registers=(config.option("consumer_registers", consumer), config.option("producer_registers", producer)),
+        teams=teams, queries=queries,
     )  # fmt: skip
     return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
 
@@ -109,21 +129,23 @@ def mixed_program(
     """
     if shape.head_dim > 192:
         whole = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
-        return Program(decode_tiling(shape, sequences, config, ctas), whole)
+        singles = decode_tiling(shape, sequences, config, ctas)
+        return Program(singles._replace(singles=True, lanes=not interpreted), whole)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
     block = config.option("mixed_block", 64)
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
     tiling = tiling._replace(
         block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 else 2),
-        memory=prefill.APART if interpreted else prefill.SHARED,
+        memory=prefill.APART if interpreted else prefill.SHARED, teams=1,
+        queries=config.option("mixed_queries", 1), turns=bool(config.option("turns", 1)),
         registers=(config.option("mixed_registers", 208), config.option("producer_registers", 24)),
     )  # fmt: skip
     span = shape.capacity
     if shape.window is not None:
         span = min(span, shape.window + piece(shape.page, 64) - 1)
-    chunk = max(config.option("mixed_chunk", 4096), -(-span // (64 * 64)) * 64)
-    free = SMEM - RESERVED - (2 * prefill.M + 2 * tiling.stages * block) * size - 4096
+    chunk = max(config.option("mixed_chunk", 2048), -(-span // (64 * 64)) * 64)
+    free = SMEM - RESERVED - (2 * prefill.M * tiling.queries + 2 * tiling.stages * block) * size - 4096
     stages = max(1, min(8, free // (2 * 64 * size)))
-    return Program(
-        decode.Tiling(sequences, 64, stages, chunk, -(-span // chunk), 1, ctas), tiling, fused=True
-    )
+    splits = -(-span // chunk)
+    decoding = decode.Tiling(sequences, 64, stages, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)
+    return Program(decoding, tiling, fused=True)

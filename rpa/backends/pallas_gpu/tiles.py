@@ -40,6 +40,16 @@ class Shape:
         return self.q_heads // self.kv_heads
 
     @property
+    def columns(self) -> int:
+        """Query heads that decode loads at once: whole eights, as TMA asks, around any group."""
+        return max(-(-(head * self.group % 8 + self.group) // 8) * 8 for head in range(self.kv_heads))
+
+    @property
+    def loaded_heads(self) -> int:
+        """Query heads of the array that decode loads from, padded to whole eights."""
+        return max(-(-self.q_heads // 8) * 8, self.columns)
+
+    @property
     def capacity(self) -> int:
         return self.table_width * self.page
 
@@ -74,10 +84,11 @@ def first_key(position, window: int | None, align: int):
 
 
 def page_of(key, sequence, tables_ref, shape: Shape):
-    """(page id inside the pool, slot) of a key; garbage entries are clamped, so no address outside the pool forms."""
+    """(page id inside the pool, slot, 1 if the entry is none) of a key; no address outside the pool is ever formed."""
     column = jnp.minimum(lax.div(key, I32(shape.page)), shape.table_width - 1)
-    page = jnp.clip(tables_ref[sequence, column], 0, shape.pages - 1)
-    return page, lax.rem(key, I32(shape.page))
+    entry = tables_ref[sequence, column]
+    page = jnp.clip(entry, 0, shape.pages - 1)
+    return page, lax.rem(key, I32(shape.page)), jnp.where(entry != page, I32(1), I32(0))
 
 
 def zero_unseen(v_ref, first, low, stop, shape: Shape) -> None:
