@@ -114,8 +114,8 @@ def in_order(signature: Signature, device: Device) -> list[Slot]:
     """The slots as `platform="auto"` tries them on a call of these static shapes.
 
     With no more rows than sequences a batch decodes. On an H200 Triton's kernel then took 0.61 to 1.02 of the Mosaic
-    one's time in 12 cells (less in 11), 1.4 times its time in a prefill, and earlier kernels 1.26 to 2.1 times in 7
-    prefill and mixed cells (`tests/bench/records/h200_*.json`).
+    one's time in 12 cells (less in 11), 1.4 times its time in a prefill, and its earlier version 1.26 to 2.1 times in
+    7 prefill and mixed cells (`tests/bench/records/h200_*.json`).
     """
     decodes = device.platform == "gpu" and signature.num_tokens <= signature.max_seqs
     return sorted(exists(), key=lambda slot: (-slot.priority, decodes and slot.name != "triton"))
