@@ -124,3 +124,11 @@ def test_candidates_start_with_the_heuristic_and_differ():
     assert found[0] == BACKEND.heuristic(DECODE, H200)
     assert len(set(found)) == len(found) > 5
     assert len({repr(plan.make(DECODE, config)) for config in found}) == len(found)
+
+
+@pytest.mark.parametrize(("chip", "expected"), [((8, 0), 87), ((9, 0), 87), ((10, 0), 87), ((10, 3), 90), (None, None)])
+def test_the_ptx_is_of_a_version_that_older_assemblers_read(chip, expected):
+    launch = made(signature(num_tokens=9000, head_dim=64)).attend
+    options = plan.compiler_options(launch, chip)
+    assert options.get("ptx_version") == expected
+    assert ("maxnreg" in options) == (chip is not None)

@@ -55,10 +55,11 @@ def compile_launch(kernel: Any, launch: planning.Launch, signature: Signature, t
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    if launch.max_registers is not None and target.startswith("sm_"):
-        options["maxnreg"] = launch.max_registers
-    return triton.compile(source, target=TARGETS[target], options=options)
+    chip = TARGETS[target]
+    capability = divmod(int(chip.arch), 10) if chip.backend == "cuda" else None
+    options = planning.compiler_options(launch, capability)
+    options |= {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return triton.compile(source, target=chip, options=options)
 
 
 def compile_call(signature: Signature, config: RaggedPageAttentionv2Config, target: str) -> dict[str, Resources]:

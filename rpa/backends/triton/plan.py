@@ -54,7 +54,7 @@ def compiler_options(launch: Launch, capability: tuple[int, int] | None) -> dict
     options: dict[str, Any] = {"enable_fp_fusion": True}  # aloud: triton 3.9 warns of the default, 3.10 changes it
     if capability is not None:
         # XLA assembles what Triton writes, with an assembler of its own that may be older than Triton's.
-        options["ptx_version"] = 80 if capability < (9, 0) else 87 if capability < (10, 3) else 90
+        options["ptx_version"] = 87 if capability < (10, 3) else 90
         if launch.max_registers is not None:
             options["maxnreg"] = launch.max_registers
     return options
