@@ -36,8 +36,9 @@ def main(what: str, chip: str, *shapes: str) -> None:
     os.environ.update(QUIET)
     folder = tempfile.mkdtemp(prefix="rpa-llo-")
     if what != "compile":
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_mosaic_dump_to={folder}"
-        os.environ["LIBTPU_INIT_ARGS"] = flags
+        # Only what is read below: all seventy passes take longer to write than to run.
+        wanted = "--xla_jf_dump_llo_pass_label_regex=.*(final_|post-ra).*"
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {wanted}"
     sys.path[:0] = [str(TESTS), str(TESTS.parent)]
     try:
         for shape in shapes or ("llama_page16",):

@@ -93,14 +93,15 @@ def token_bytes(signature: Signature) -> int:
 def block_tokens(signature: Signature, device: Device) -> int:
     """Keys a block: 256, at which a block's fixed costs (cursors, the dots' latency) are a fifth of its bundles.
 
-    Twice that where tokens are small (up to four rows of words) and fixed costs weigh more, half where a token
-    takes several registers and the straight-line code of a block would grow past what compiles in seconds.
+    Twice that where tokens are small (up to four rows of words) and fixed costs weigh more. Half where the code of a
+    block would grow past what compiles in seconds: a token takes several registers, or f32 dots six passes.
     """
     if device.interpreted:
         return INTERPRETED_TOKENS
-    rows = signature.num_kv_heads * (2 if signature.compute_dtype != "bfloat16" else 1)
+    half = signature.compute_dtype == "bfloat16"
+    rows = signature.num_kv_heads * (1 if half else 2)
     registers = -(-rows // SUBLANES) * -(-signature.head_dim // LANES)
-    if registers > 2:
+    if registers > (2 if half else 1):
         return 128
     return 512 if registers == 1 and rows <= SUBLANES // 2 else 256
 
