@@ -29,7 +29,8 @@ from oracle import Case, attend
 CASES = 300
 SECONDS = 60.0
 SHAPES = 24
-PATCH_SHAPES = 8  # each costs a compiled kernel a compilation
+# Of a patched kernel: a shape is a compilation, and blocks are longer than most contexts, so cases must be many.
+PATCH_SHAPES, PATCH_CASES = 12, 240
 # What plays a kernel where its own chip is missing, and the rows an interpreter can do in a few seconds.
 INTERPRETED = {"triton": "triton_interpret"}
 FEW_ROWS = 16
@@ -109,7 +110,7 @@ def kill_all(seed: int = 0, cases: int = CASES, equivalent: bool = False) -> Ite
 _CODE = "import sys; from fuzz.mutants import score; score.main(*sys.argv[1:])"
 
 
-def kill_patch(patch: patched.Patch, seed: int = 0, cases: int = 60, seconds: float = 240.0) -> Kill:
+def kill_patch(patch: patched.Patch, seed: int = 0, cases: int = PATCH_CASES, seconds: float = 240.0) -> Kill:
     """Judge the patched kernel in a fresh process; a process that dies is a kill too."""
     began = time.monotonic()
     mutant = Mutant(patch.id, f"patch of {patch.kernel}", patch.line)
