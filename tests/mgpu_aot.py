@@ -1,6 +1,6 @@
 """Compiles the Hopper kernel for an H200 on a machine without one, and prints what the assembler says of each kernel.
 
-`python tests/mgpu_aot.py`: one JSON line a call, with registers at launch, bytes spilled and shared memory. In a
+`python tests/mgpu_aot.py`: one JSON line a call, with launches, registers, bytes spilled and shared memory. In a
 process of its own: the dump settings and the CUDA toolkit's place must stand before jax starts.
 """
 
@@ -34,6 +34,8 @@ CALLS = {
     "decode": (8, 8, 32, 8, 128, 16, None, None, False),
     "prefill": (8192, 1, 32, 8, 128, 128, None, None, False),
     "prefill_256": (8192, 1, 16, 8, 256, 16, 4096, 50.0, False),
+    "decode_window": (64, 64, 64, 8, 64, 16, 128, None, True),
+    "prefill_window": (8192, 1, 64, 8, 64, 16, 128, None, True),
     "mixed": (4224, 130, 32, 8, 128, 16, None, None, False),
 }
 
@@ -69,7 +71,7 @@ def compiled(name: str, sharding) -> dict:
     with tempfile.TemporaryFile() as log:
         os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         try:
-            run.lower(*arguments(s, sharding)).compile()
+            program = run.lower(*arguments(s, sharding)).compile().as_text()
         finally:
             sys.stdout.flush()
             os.dup2(saved[0], 1), os.dup2(saved[1], 2)
@@ -80,7 +82,13 @@ def compiled(name: str, sharding) -> dict:
         "shared": r"smem_scratch_bytes=(\d+)", "serialised": r"(wgmma\S* instructions are serialized)",
     }  # fmt: skip
     found = {key: re.findall(pattern, text) for key, pattern in numbers.items()}
-    return {"call": name} | {k: [int(x) if x.isdigit() else x for x in v] for k, v in found.items()}
+    entry = program[program.index("ENTRY") :].splitlines()
+    launches = sum(
+        bool(re.match(r"\s*(ROOT )?%.* (fusion|custom-call|copy|sort|while)\(", line)) for line in entry
+    )
+    return {"call": name, "launches": launches} | {
+        k: [int(x) if x.isdigit() else x for x in v] for k, v in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Bytes of spill stores a kernel may have; the rest may have none.
-SPILLED = {"prefill_256": 96, "mixed": 32}
+SPILLED = {"prefill_256": 96, "prefill_window": 32, "mixed": 32}
+# Programs a decode call launches: the kernel, and one more where its rows are split.
+LAUNCHES = {"decode": 2, "decode_window": 1}
 
 pytestmark = [
     pytest.mark.cuda_plugin,
@@ -33,10 +35,15 @@ def reports() -> dict[str, dict]:
     return {line["call"]: line for line in lines}
 
 
-@pytest.mark.parametrize("call", ["decode", "prefill", "prefill_256", "mixed"])
+@pytest.mark.parametrize("call", ["decode", "decode_window", "prefill", "prefill_256", "prefill_window", "mixed"])
 def test_the_kernel_fits_and_keeps_its_registers(reports, call):
     report = reports[call]
     assert report["registers"], report
     assert max(report["shared"]) <= 227 * 1024
     assert max(report["spilled"]) <= SPILLED.get(call, 0), report
     assert not report["serialised"]
+
+
+@pytest.mark.parametrize("call", LAUNCHES)
+def test_a_decode_call_is_one_kernel_or_two(reports, call):
+    assert reports[call]["launches"] == LAUNCHES[call], reports[call]
