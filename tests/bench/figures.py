@@ -37,14 +37,15 @@ def h200() -> str:
     cells = {(c["cell"], c["page"]): c for c in mosaic["cells"] if not c["options"] and c["ratio"]}
     lines = [
         f"{triton['date']}, one H200, jax {mosaic['versions']['jax']}, triton {mosaic['versions']['triton']}: "
-        "time on the device in microseconds; in brackets over the better of FlashAttention-3 and vLLM in the same run.",
+        "time on the device in microseconds; in brackets over the best of FlashAttention-3, FlashInfer (fa2, beside "
+        "Triton only) and vLLM in the same run.",
         "",
         "| cell | page | Triton | Mosaic GPU |",
         "|---|---|---|---|",
     ]
     for key, ours in triton["cells"].items():
         name, page = key.rsplit(" p", 1)
-        peers = [ours[peer] for peer in ("fa3", "fa3_split", "vllm") if isinstance(ours.get(peer), float)]
+        peers = [ours[peer] for peer in ("fa3", "fa3_split", "flashinfer", "vllm") if isinstance(ours.get(peer), float)]
         other = cells.get((name, int(page)))
         if int(page) not in (16, 64) or not peers or other is None:
             continue
