@@ -165,11 +165,11 @@ BLOCKINGS = tuple(
 )  # fmt: skip
 
 
-def false_alarms(seed: int = 0, cases: int = 2000) -> list[tuple[Plan, str]]:
+def false_alarms(seed: int = 0, cases: int = 2000, pool: tuple[Shape, ...] = ()) -> list[tuple[Plan, str]]:
     """Every accusation of the right model kernel over `cases` cases and varied blocking."""
     targets = [right_target(launch) for launch in BLOCKINGS]
     found = []
-    for count, plan in enumerate(drawn(seed, cases)):
+    for count, plan in enumerate(drawn(seed, cases, pool)):
         judgement = judge_plan(plan, targets[count % len(targets)])
         if judgement.bad:
             found.append((plan, judgement.text))
