@@ -38,7 +38,7 @@ def instructions(kind: str = "NVIDIA H200", **options) -> list[str]:
     call = jax.jit(lambda *arrays: ragged_page_attention_v2(*arrays, platform="triton", **options))
     with jax.sharding.use_abstract_mesh(mesh):
         program = call.trace(*specs).lower(lowering_platforms=("cuda",))
-    text = program.compile().as_text()
+    text = program.compile().as_text() or ""
     found = re.findall(r" = (?:\(.*?\)|\S+) ([\w-]+)\(", text[text.index("ENTRY") :])
     free = ("parameter", "get-tuple-element", "bitcast", "constant", "tuple")
     return [opcode for opcode in found if opcode not in free]
