@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+SHAPES = 12  # each is a compilation for a kernel that is compiled
 EXAMPLES = 200
 # test -> what its plans must be, as changes of the plans drawn
 STRATA = {
@@ -116,8 +117,10 @@ def _target(config: pytest.Config) -> Any:
 
 def _plans(config: pytest.Config) -> Any:
     from fuzz.mutants.score import drawn
+    from fuzz.stream import first_shapes
 
-    return drawn(config.getoption("--rpa-seed"), config.getoption("--rpa-examples"), 12)
+    seed = config.getoption("--rpa-seed")
+    return drawn(seed, config.getoption("--rpa-examples"), first_shapes(seed, SHAPES))
 
 
 def _judge(plan: Any, target: Any) -> Any:
