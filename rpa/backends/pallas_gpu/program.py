@@ -76,7 +76,7 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
 
 def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
     """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
-    least = config.option("least_chunk", 256)
+    least = config.option("least_chunk", 512)
     most = min(64, max(1, span // least))
     several = [config.num_kv_splits] if config.num_kv_splits else range(1, most + 1)
 
