@@ -6,6 +6,7 @@ from model_cases import draw_case, draw_style
 from model_kernel import claim, run
 
 from oracle import Case, attend
+from oracle.bound import default_claim
 from oracle.relations import RELATIONS, check
 
 BY_NAME = {relation.name: relation for relation in RELATIONS}
@@ -141,3 +142,17 @@ def test_the_comparison_tells_shape_and_place():
     assert check(expectation, case, output, wrong, lambda c: claim(c, STYLE)).startswith(
         "1 elements differ, first at (0, 0, 0)"
     )
+
+
+def test_doubled_values_ask_nothing_of_subnormal_outputs() -> None:
+    """Seen on an H200: +1 and -1 cancel to 0, a kernel's rounding leaves 2.6e-5, and in f16 that does not double."""
+    pages = np.zeros((1, 2, 2, 1), np.float16)
+    pages[0, :, 1, 0] = 1, -1
+    case = Case(np.zeros((1, 1, 1), np.float16), pages, [2], [[0]], [0, 1], 1)
+    expectation = BY_NAME["values_doubled"].apply(case, 0)
+    assert expectation is not None
+    before, after = np.full((1, 1, 1), 2.557e-5, np.float16), np.full((1, 1, 1), 5.12e-5, np.float16)
+    assert after != 2 * before
+    assert check(expectation, case, before, after, default_claim) is None
+    loud = np.full((1, 1, 1), 0.5, np.float16)
+    assert check(expectation, case, loud, loud, default_claim) is not None

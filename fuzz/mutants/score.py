@@ -210,10 +210,13 @@ def _twice(got: np.ndarray, expected: np.ndarray, low: np.ndarray) -> bool:
 
 
 def usual_plans(layouts: str, seed: int = 0) -> tuple[Plan, ...]:
-    """24 cases of plain data for the usual judges: no spikes, no poison that matters to them, logits of one sigma."""
-    shapes = [s for s in first_shapes(seed, 16) if s.capacity < 2000]
+    """24 cases of plain data for the usual judges: no spikes, no poison that matters to them, logits of one sigma.
+
+    Of the dtypes such tests use: with others a fixed tolerance accuses the right kernel too.
+    """
+    shapes = [s for s in first_shapes(seed, 80) if s.capacity < 2000 and s.types in ("f32", "bf16", "f16")][:16]
     if layouts == "published":
-        shapes = [s for s in shapes if s.kv_heads <= 2 and s.types in ("f32", "bf16")]
+        shapes = [s for s in shapes if s.kv_heads <= 2 and s.types != "f16"]
     return tuple(
         plan.replace(data="normal", amplitude=1.0, check="plain", holes="alias")
         for plan in drawn(seed + 1, 400, tuple(shapes))
