@@ -119,7 +119,7 @@ def _plans(config: pytest.Config) -> Any:
     from fuzz.mutants.score import drawn
     from fuzz.stream import first_shapes
 
-    seed = config.getoption("--rpa-seed")
+    seed = int(config.getoption("--rpa-seed") or 0)
     return drawn(seed, config.getoption("--rpa-examples"), first_shapes(seed, SHAPES))
 
 

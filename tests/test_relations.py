@@ -148,7 +148,8 @@ def test_doubled_values_ask_nothing_of_subnormal_outputs() -> None:
     """Seen on an H200: +1 and -1 cancel to 0, a kernel's rounding leaves 2.6e-5, and in f16 that does not double."""
     pages = np.zeros((1, 2, 2, 1), np.float16)
     pages[0, :, 1, 0] = 1, -1
-    case = Case(np.zeros((1, 1, 1), np.float16), pages, [2], [[0]], [0, 1], 1)
+    metadata = np.array([2]), np.array([[0]]), np.array([0, 1])
+    case = Case(np.zeros((1, 1, 1), np.float16), pages, *metadata, 1)
     expectation = BY_NAME["values_doubled"].apply(case, 0)
     assert expectation is not None
     before, after = np.full((1, 1, 1), 2.557e-5, np.float16), np.full((1, 1, 1), 5.12e-5, np.float16)
