@@ -90,9 +90,7 @@ def run(text: str, inputs: Mapping[str, int], memory: Mapping[int, np.ndarray]) 
             result = COMPARE[kind[1]](value(operands[1]), value(operands[2]))
             result = result & registers[operands[3]].astype(bool) if kind[2] == "and" else result
         elif kind[0] == "vote":
-            result = np.full(
-                32, sum(1 << int(lane) for lane in np.flatnonzero(registers[operands[1]])), np.int64
-            )
+            result = np.full(32, sum(1 << int(lane) for lane in np.flatnonzero(registers[operands[1]])), np.int64)
         elif kind[0] == "brev":
             result = np.asarray([int(f"{int(x) & 0xFFFFFFFF:032b}"[::-1], 2) for x in value(operands[1])])
         elif kind[:2] == ["bfind", "shiftamt"]:

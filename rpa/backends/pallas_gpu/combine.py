@@ -1,5 +1,5 @@
 # Pallas refs and transforms are typed for its own use, not for callers.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false, reportOptionalSubscript=false
 """Joins the splits of decode rows: the second of the two kernels of a call whose rows are split.
 
 A warpgroup takes one kv head of one row, 64 of its columns at a time, and reads several splits at once, since what it

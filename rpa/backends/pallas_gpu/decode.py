@@ -1,6 +1,6 @@
 # Pallas refs and transforms are typed for its own use, not for callers.
 # pyright: reportArgumentType=false, reportAbstractUsage=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false, reportAssignmentType=false
 """One query row against a long cache: the memory-bound half of the Hopper kernel.
 
 The group's heads are the *columns* of both products, S^T = K Q^T and O^T = V^T P^T, so that a row of eight heads costs
