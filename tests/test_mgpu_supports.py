@@ -74,3 +74,8 @@ def test_tile_shapes_depend_on_static_shapes_and_config_alone():
     assert program(CALL, RaggedPageAttentionv2Config(num_kv_splits=4), False).decode.splits == 4
     long = dataclasses.replace(CALL, num_tokens=8192, max_seqs=1)
     assert program(long, RaggedPageAttentionv2Config(num_stages=3), False).prefill.stages == 3
+
+
+def test_an_option_it_would_ignore_is_refused():
+    with pytest.raises(ValueError, match=r"warp_rows.*=2.*Mosaic GPU.*workers"):
+        program(CALL, RaggedPageAttentionv2Config(options=(("warp_rows", 2),)), False)

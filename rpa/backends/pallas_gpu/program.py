@@ -15,6 +15,11 @@ SMS = 132  # of an H100 or H200 SXM; on fewer, the CTAs of the persistent grids 
 SMEM = 227 * 1024
 RESERVED = 6 * 1024  # barriers and the reductions' scratch
 LONG = 64  # mean query length from which every sequence takes the prefill role
+OPTIONS = (
+    "ahead", "consumer_registers", "ctas", "decode_block", "decode_stages", "fresh", "least_chunk",
+    "mixed_block", "mixed_chunk", "mixed_queries", "mixed_registers", "mixed_stages", "prefill_block",
+    "prefill_stages", "producer_registers", "queries", "teams", "turns", "workers",
+)  # fmt: skip
 
 
 class Program(NamedTuple):
@@ -42,7 +47,14 @@ def shape_of(signature: Signature) -> Shape:
 
 
 def program(signature: Signature, config: RaggedPageAttentionv2Config, interpreted: bool) -> Program:
-    """Tile shapes from static shapes and the config alone, so that a row's bits depend on nothing else."""
+    """Tile shapes from static shapes and the config alone, so that a row's bits depend on nothing else.
+
+    Raises:
+        ValueError: an option that this kernel does not know.
+    """
+    for name, value in config.options:
+        if name not in OPTIONS:
+            raise ValueError(f"cfg.options {name!r}={value}: the Mosaic GPU backend knows {', '.join(OPTIONS)}")
     shape = shape_of(signature)
     tokens, sequences = signature.num_tokens, signature.max_seqs
     ctas = config.option("ctas", 2 if interpreted else SMS)
