@@ -36,9 +36,9 @@ def h200() -> str:
     others, mosaic = {"fa3": "FA3", "flashinfer": "FlashInfer", "vllm": "vLLM"}, _mosaic()
     lines = [
         f"{record['date']}, {record['machine']}. Microseconds a call at page 16, in brackets over the best peer. "
-        "Triton and the peers ran in one process; the Mosaic GPU kernel in other calls of that day beside peers of its own "
-        "(window decode: over vLLM's), some rows on an earlier state of it: `h200_mgpu_2026-11-22_folded.json` says "
-        "which.",
+        "Triton and the peers ran in one process; the Mosaic GPU kernel in other calls of that day beside peers of its "
+        "own (window decode: over vLLM's), some rows on an earlier state of it: "
+        "`h200_mgpu_2026-11-22_folded.json` says which.",
         "",
         f"| cell | {' | '.join(others.values())} | Triton | Mosaic GPU |",
         "|---|" + "---|" * (len(others) + 2),
