@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Bytes of spill stores a kernel may have; the rest may have none.
-SPILLED = {"prefill_256": 96, "prefill_window": 32, "mixed": 32}
+# Bytes of spill stores a kernel may have; the rest may have none. Window decode: three workers spill a little and are
+# still 6 % faster on the H200 than four.
+SPILLED = {"decode_window": 64, "prefill_256": 96, "prefill_window": 32, "mixed": 32}
 # Programs a decode call launches: the kernel, and one more where its rows are split.
 LAUNCHES = {"decode": 2, "decode_window": 1}
 
