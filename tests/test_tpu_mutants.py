@@ -101,7 +101,9 @@ def test_the_right_kernel_passes_every_proof():
 @pytest.mark.timeout(1600)
 @pytest.mark.parametrize("name", [pytest.param(n, id=f"{'ci' if n in quickest() else 'hand'}-{n}") for n in PATCHES])
 def test_mutant_is_caught(name):
-    check(name)
+    hung = check(name)["says"] == HANGS
+    # On an overloaded machine any proof runs out of patience: that catches only a mutant which is known to hang.
+    assert not hung or CAUGHT[name]["says"] == HANGS, f"no proof objected within {PATIENCE} s"
 
 
 def main(*names: str) -> None:
