@@ -198,7 +198,8 @@ def test_without_a_word_the_users_cache_folder_is_taken(tmp_path, monkeypatch):
     monkeypatch.delenv("RPA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert PersistentCache("op").path == tmp_path / "rpa" / "op.json"
-    platformdirs = pytest.importorskip("platformdirs")
+    import platformdirs
+
     assert PersistentCache("op").path.parent == platformdirs.user_cache_path("rpa")
 
 
