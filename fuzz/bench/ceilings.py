@@ -38,10 +38,10 @@ def measure() -> Ceilings:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return _measure_cpu()
-    read = _gpu_read()
-    burst = {dtype: _gpu_matmul(dtype, rest=0.2) for dtype in ("bfloat16", "float16")}
-    burst["float32"] = _gpu_matmul("float32", rest=0.2)
-    sustained = {dtype: _gpu_matmul(dtype, rest=0.0, rounds=60) for dtype in ("bfloat16", "float32")}
+    read = _read()
+    burst = {dtype: _matmul(dtype, rest=0.2) for dtype in ("bfloat16", "float16")}
+    burst["float32"] = _matmul("float32", rest=0.2)
+    sustained = {dtype: _matmul(dtype, rest=0.0, rounds=60) for dtype in ("bfloat16", "float32")}
     return Ceilings(device.device_kind, 60 << 20, read, burst, sustained)
 
 
@@ -99,22 +99,31 @@ def _cpu_matmul(dtype: str, n: int = 2048) -> float:
     return 2 * n**3 / clock.wall(product, [(x, x)], budget=1.0).seconds
 
 
-# ------------------------------------------------------------------ GPU
+# ------------------------------------------------------------------ accelerators
 
 
-def _gpu_read(gigabytes: int = 4) -> float:
+def _timed(function: Any, arguments: list[tuple], rest: float = 0.0, rounds: int = 9) -> float:
+    """Seconds of one call: kernel time on a GPU; on a TPU the wall clock, its programs are long enough for that."""
+    import jax
+
+    if jax.devices()[0].platform == "gpu":
+        return clock.kernels(function, arguments, rest=rest, rounds=rounds).seconds
+    return clock.wall(function, arguments).seconds
+
+
+def _read(gigabytes: int = 4) -> float:
     import jax
     import jax.numpy as jnp
 
     x = jnp.ones((gigabytes << 30) // 4, jnp.float32)
-    return x.nbytes / clock.kernels(jax.jit(jnp.max), [(x,)]).seconds
+    return x.nbytes / _timed(jax.jit(jnp.max), [(x,)])
 
 
-def _gpu_matmul(dtype: str, rest: float, rounds: int = 9, n: int = 8192) -> float:
+def _matmul(dtype: str, rest: float, rounds: int = 9, n: int = 8192) -> float:
     import jax
     import jax.numpy as jnp
 
     x = jax.random.normal(jax.random.key(0), (n, n), "float32").astype(dtype)
     highest = "highest" if dtype == "float32" else None
     product = jax.jit(lambda a: jnp.dot(a, a, precision=highest))
-    return 2 * n**3 / clock.kernels(product, [(x,)], rest=rest, rounds=rounds).seconds
+    return 2 * n**3 / _timed(product, [(x,)], rest, rounds)
