@@ -211,6 +211,25 @@ def test_killed_run_resumes(tmp_path, monkeypatch):
     assert {r.cell for r in record.load(path).results} == {CELL.name, other.name}
 
 
+def test_accelerators_prepare_a_group_of_cells_before_they_time_one(monkeypatch):
+    """Compiling takes every core; timing wants a quiet machine. No group holds more pools than fit."""
+    cells_here = [cells.decode("tiny", "full", 1, 8 * n, page=8) for n in (1, 2, 3)]
+    said = []
+    kernel = oracle_kernel()
+    prepare, time = kernel.prepare, run._time
+    told = dataclasses.replace(kernel, prepare=lambda b: said.append(f"compile {b.cell.label}") or prepare(b))
+    monkeypatch.setattr(run, "_AT_ONCE", 2)
+    monkeypatch.setattr(
+        run, "_time", lambda f, a, cell, *rest: said.append(f"time {cell.label}") or time(f, a, cell, *rest)
+    )
+    found = list(run.run([(cell, [told]) for cell in cells_here], CEILINGS, "tpu"))
+    assert [[r.status for r in results] for results in found] == [["pass"]] * 3
+    assert sorted(said[:2]) == ["compile b1x16", "compile b1x8"]
+    assert said[2:] == ["time b1x8", "time b1x16", "compile b1x24", "time b1x24"]
+    monkeypatch.setattr(run, "_HELD_BYTES", 0)
+    assert [len(group) for group in run._groups([(cell, []) for cell in cells_here], 8)] == [1, 1, 1]
+
+
 def test_record_of_other_versions_is_not_resumed(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(dataclasses.replace(made(result()), versions={"jax": "0.1"}).to_json())

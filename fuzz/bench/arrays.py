@@ -15,7 +15,7 @@ from oracle import Case, Claim
 from oracle.bound import Analysis, analyse
 from oracle.claim import default_claim
 
-_POOL_BYTES = 8 << 30
+POOL_BYTES = 8 << 30
 JUDGED_ROWS = 24
 JUDGED_KEYS = 64 << 10  # over all judged rows: what the oracle reads in a few seconds
 
@@ -79,7 +79,7 @@ def make(cell: Cell, cache_bytes: int, seed: int = 0) -> Batch:
     pages = [-(-n // page) for n in cell.contexts]
     page_bytes = page * cell.kv_bytes // max(1, cell.read_tokens)
     touched = max(1, sum(pages) * page_bytes)
-    rotations = max(1, min(32, -(-4 * cache_bytes // touched), _POOL_BYTES // touched))
+    rotations = max(1, min(32, -(-4 * cache_bytes // touched), POOL_BYTES // touched))
     total = sum(pages) * rotations
     keys = jax.random.split(jax.random.key(seed), 3)
     q = jax.random.normal(keys[0], (sum(cell.queries), model.num_q_heads, model.head_dim), "float32")

@@ -41,7 +41,16 @@ class Cell:
     @cached_property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that must be read at least once."""
-        return self.read_tokens * 2 * self.model.num_kv_heads * self.model.head_dim * _BYTES[self.layer.pages_dtype]
+        return self.read_tokens * self._token_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values of every token in the cache, seen or not."""
+        return sum(self.contexts) * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return 2 * self.model.num_kv_heads * self.model.head_dim * _BYTES[self.layer.pages_dtype]
 
     @property
     def bytes(self) -> int:

@@ -21,6 +21,9 @@ from oracle.verdict import compare
 
 # Above this many operations a byte a GPU cell is bound by arithmetic, and judged in bursts.
 _BURST_INTENSITY = 100
+# Cells prepared together on an accelerator, and the bytes of their pools: peers hold copies beside them.
+_AT_ONCE = 8
+_HELD_BYTES = 12 << 30
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,51 @@ def prepared(batch: Batch, contender: Contender) -> Prepared:
     return Prepared(function, arguments, time.perf_counter() - begin)
 
 
-def run(cells: Iterable[Cell], contenders: list[Contender], ceilings: Ceilings, platform: str) -> Iterator[Result]:
-    """Every contender on every cell, interleaved by cell so that the machine's moods hit all alike.
+def run(jobs: Iterable[tuple[Cell, list[Contender]]], ceilings: Ceilings, platform: str) -> Iterator[list[Result]]:
+    """Every cell on its contenders: a list of results a cell, interleaved so that the machine's moods hit all alike.
 
-    On an accelerator the host's cores compile and consult the oracle for all contenders of a cell at once; nothing
-    runs there meanwhile. Timing is one by one.
+    On an accelerator the host's cores compile and consult the oracle for a group of cells at once, and nothing is
+    timed meanwhile; then the group is timed one by one.
     """
-    for cell in cells:
-        batch = arrays.make(cell, ceilings.cache_bytes)
-        able = [contender for contender in contenders if contender.unsupported(batch) is None]
-        ready: dict[str, Future[Prepared]] = {}
-        if platform != "cpu":
-            with ThreadPoolExecutor() as pool:
-                ready = {c.name: pool.submit(contextvars.copy_context().run, prepared, batch, c) for c in able}
-                for claim in {contender.claim(batch) for contender in able}:
-                    pool.submit(batch.analyses, claim)
-        for contender in contenders:
-            yield one(batch, contender, ceilings, platform, ready.get(contender.name))
+    for group in _groups(jobs, 1 if platform == "cpu" else _AT_ONCE):
+        yield from _measured(group, ceilings, platform)
+
+
+def _measured(group: list[tuple[Cell, list[Contender]]], ceilings: Ceilings, platform: str) -> Iterator[list[Result]]:
+    """A function of its own, so that a group's pools are gone before the next group's are made."""
+    batches = [(arrays.make(cell, ceilings.cache_bytes), contenders) for cell, contenders in group]
+    ready = {} if platform == "cpu" else _prepared(batches)
+    for batch, contenders in batches:
+        name = batch.cell.name
+        yield [one(batch, c, ceilings, platform, ready.pop((name, c.name), None)) for c in contenders]
+
+
+def _groups(jobs: Iterable[tuple[Cell, list[Contender]]], most: int) -> Iterator[list[tuple[Cell, list[Contender]]]]:
+    """Runs of at most `most` cells whose pools fit the device together; a big one may stand alone."""
+    group: list[tuple[Cell, list[Contender]]] = []
+    held = 0
+    for cell, contenders in jobs:
+        size = max(cell.cache_bytes, arrays.POOL_BYTES // 16)  # a small one rotates over several pools
+        if group and (len(group) == most or held + size > _HELD_BYTES):
+            yield group
+            group, held = [], 0
+        group.append((cell, contenders))
+        held += size
+    if group:
+        yield group
+
+
+def _prepared(batches: list[tuple[Batch, list[Contender]]]) -> dict[tuple[str, str], Future[Prepared]]:
+    """Every contender of every batch compiled, and every case analysed, on all cores."""
+    ready = {}
+    with ThreadPoolExecutor() as pool:
+        for batch, contenders in batches:
+            able = [contender for contender in contenders if contender.unsupported(batch) is None]
+            for c in able:
+                ready[batch.cell.name, c.name] = pool.submit(contextvars.copy_context().run, prepared, batch, c)
+            for claim in {contender.claim(batch) for contender in able}:
+                pool.submit(batch.analyses, claim)
+    return ready
 
 
 def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str,

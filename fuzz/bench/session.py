@@ -90,12 +90,13 @@ def _measure(console: Console, chosen: list[cells.Cell], contenders: list[run.Co
         task = progress.add_task("measuring the ceilings", total=len(chosen))
         limits = begun.ceilings if begun else ceilings.measure()
         try:
-            for cell in chosen:
-                progress.update(task, description=cell.name)
-                missing = [contender for contender in contenders if (cell.name, contender.name) not in done]
-                results += run.run([cell], missing, limits, _chip()) if missing else []
+            jobs = [(cell, [c for c in contenders if (cell.name, c.name) not in done]) for cell in chosen]
+            jobs = [(cell, missing) for cell, missing in jobs if missing]
+            progress.update(task, description="compile and judge", completed=len(chosen) - len(jobs))
+            for measured in run.run(jobs, limits, _chip()):
+                results += measured
                 save(record.of(results, limits))
-                progress.advance(task)
+                progress.update(task, description=measured[0].cell, advance=1)
         except KeyboardInterrupt:
             console.print("[yellow]interrupted: what was measured so far follows[/]")
     return record.of(results, limits)
