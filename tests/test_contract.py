@@ -217,14 +217,13 @@ def test_batch_invariance(backend, dtype):
     skip_unsupported(backend, case)
     output, lse = call(backend, case)
     for s in range(case.num_seqs):
-        alone = _alone(case, s)
-        got, got_lse = call(backend, alone)
+        got, got_lse = call(backend, alone(case, s))
         start, stop = case.query_start_loc[s : s + 2]
         assert bits(got[: stop - start]) == bits(output[start:stop]), f"sequence {s}"
         assert bits(got_lse[: stop - start]) == bits(lse[start:stop]), f"sequence {s}"
 
 
-def _alone(case, s: int):
+def alone(case, s: int):
     """Sequence `s` by itself in the same static shapes, its pages moved elsewhere in the pool."""
     start, stop = case.query_start_loc[s : s + 2]
     queries = np.zeros_like(case.queries)
@@ -236,8 +235,8 @@ def _alone(case, s: int):
     pages[move] = case.kv_pages
     used = -(-lens[0] // case.page_size)
     tables[0, :used] = move[case.block_tables[s, :used]]
-    alone = {"queries": queries, "kv_pages": pages, "query_start_loc": offsets, "context_lens": lens}
-    return case.replace(**alone, block_tables=tables, num_seqs=1)
+    arrays = {"queries": queries, "kv_pages": pages, "query_start_loc": offsets, "context_lens": lens}
+    return case.replace(**arrays, block_tables=tables, num_seqs=1)
 
 
 def test_run_to_run(backend):
