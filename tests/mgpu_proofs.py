@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import ptx
 from contract_cases import Shape, build
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # where its verdict on races is kept
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from mgpu_races import watched
 
 from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
@@ -100,10 +99,11 @@ def interpret(case: Case, **changes):
     config = RaggedPageAttentionv2Config(options=SPLIT)
     assert pallas_gpu.supports(signature, DEVICE) is None
     inputs = inputs_of(case)._replace(**changes)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with watched() as kernels:
         run = jax.jit(lambda *args: pallas_gpu.run(Inputs(*args), signature, config))
         output, lse = (np.asarray(x) for x in run(*inputs))
-    assert not gpu_callbacks.get_races().races_found, "the interpreter saw a race: it printed where"
+    assert kernels, "no kernel was interpreted"
+    assert not any(races.races_found for races in kernels), "the interpreter saw a race: it printed where"
     return output, lse
 
 
@@ -335,9 +335,10 @@ def prove_combine() -> None:
             acc=acc.reshape(-1, 64, 8), m=m.reshape(-1, 8), l=l.reshape(-1, 8), live=jnp.asarray(live)
         )
         parts = decode.Outputs(*(None if x is None else jnp.asarray(x) for x in parts))
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        with watched() as kernels:
             run = jax.jit(lambda parts, aux: combine.combine(parts, aux, shape, tiling, True))
             out, lse = (np.asarray(x, np.float32) for x in run(parts, aux))
+        assert [races.races_found for races in kernels] == [False]
         for row in (0, 1):
             for head in range(4):
                 h, g = divmod(head, 2)
