@@ -1,7 +1,7 @@
 """Compiles the Hopper kernel for an H200 on a machine without one, and prints what the assembler says of each kernel.
 
-`python tests/mgpu_aot.py`: one JSON line a call, with launches, registers, bytes spilled and shared memory. In a
-process of its own: the dump settings and the CUDA toolkit's place must stand before jax starts.
+`python tests/mgpu_aot.py [CALL...]`: one JSON line a call, with launches, registers, bytes spilled and shared memory.
+In a process of its own: the dump settings and the CUDA toolkit's place must stand before jax starts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rpa.config import RaggedPageAttentionv2Config
 from rpa.signature import Inputs, Signature
 
 TARGET = Path(__file__).parent / "h200_target.txtpb"
-# Tokens, sequences, query heads, kv heads, head size, page, window, cap, sinks.
+# Tokens, sequences, query heads, kv heads, head size, page, window, cap, sinks; the pages' dtype if not the queries'.
 CALLS = {
     "decode": (8, 8, 32, 8, 128, 16, None, None, False),
     "prefill": (8192, 1, 32, 8, 128, 128, None, None, False),
@@ -37,30 +37,34 @@ CALLS = {
     "decode_window": (64, 64, 64, 8, 64, 16, 128, None, True),
     "prefill_window": (8192, 1, 64, 8, 64, 16, 128, None, True),
     "mixed": (4224, 130, 32, 8, 128, 16, None, None, False),
+    "decode_e4m3": (8, 8, 32, 8, 128, 16, None, None, False, "float8_e4m3fn"),
+    "decode_int8": (64, 64, 64, 8, 64, 16, 128, None, True, "int8"),
 }
 
 
 def signature_of(name: str) -> Signature:
-    tokens, sequences, heads, kv_heads, dim, page, window, cap, sinks = CALLS[name]
+    tokens, sequences, heads, kv_heads, dim, page, window, cap, sinks, *stored = CALLS[name]
     return Signature(
         num_tokens=tokens, num_q_heads=heads, head_dim=dim, num_pages=60_000, page_size=page, num_kv_heads=kv_heads,
-        max_seqs=sequences, pages_per_seq=16384 // page, q_dtype="bfloat16", kv_dtype="bfloat16",
-        compute_dtype="bfloat16", sinks=sinks, k_scale=False, v_scale=False, return_lse=False, optimized=False,
-        softmax_scale=dim**-0.5, logits_soft_cap=cap, sliding_window=window, vmem_limit_bytes=None,
+        max_seqs=sequences, pages_per_seq=16384 // page, q_dtype="bfloat16",
+        kv_dtype=stored[0] if stored else "bfloat16",
+        compute_dtype="bfloat16", sinks=sinks, k_scale=bool(stored), v_scale=bool(stored), return_lse=False,
+        optimized=False, softmax_scale=dim**-0.5, logits_soft_cap=cap, sliding_window=window, vmem_limit_bytes=None,
     )  # fmt: skip
 
 
 def arguments(s: Signature, sharding) -> list:
     shapes = [
         ((s.num_tokens, s.num_q_heads, s.head_dim), jnp.bfloat16),
-        ((s.num_pages, s.page_size, 2 * s.num_kv_heads, s.head_dim), jnp.bfloat16),
+        ((s.num_pages, s.page_size, 2 * s.num_kv_heads, s.head_dim), jnp.dtype(s.kv_dtype)),
         *(((n,), jnp.int32) for n in (s.max_seqs,)),
         ((s.max_seqs, s.pages_per_seq), jnp.int32),
         ((s.max_seqs + 1,), jnp.int32),
         ((1,), jnp.int32),
-        *([((s.num_q_heads,), jnp.float32)] if s.sinks else []),
+        ((s.num_q_heads,), jnp.float32) if s.sinks else None,
+        *[((s.num_kv_heads,), jnp.float32)] * (2 * s.k_scale),
     ]
-    return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in shapes]
+    return [None if x is None else jax.ShapeDtypeStruct(x[0], x[1], sharding=sharding) for x in shapes]
 
 
 def compiled(name: str, sharding) -> dict:
@@ -83,7 +87,9 @@ def compiled(name: str, sharding) -> dict:
     }  # fmt: skip
     found = {key: re.findall(pattern, text) for key, pattern in numbers.items()}
     entry = program[program.index("ENTRY") :].splitlines()
-    launches = sum(bool(re.match(r"\s*(ROOT )?%.* (fusion|custom-call|copy|sort|while)\(", line)) for line in entry)
+    launches = sum(
+        bool(re.match(r"\s*(ROOT )?%.* (fusion|custom-call|copy|sort|while)\(", line)) for line in entry
+    )
     return {"call": name, "launches": launches} | {
         k: [int(x) if x.isdigit() else x for x in v] for k, v in found.items()
     }
@@ -94,5 +100,5 @@ if __name__ == "__main__":
         platform="cuda", topology_name="h200", topology="1x1x1", target_config=TARGET.read_text()
     )
     where = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    for call in CALLS:
+    for call in sys.argv[1:] or CALLS:
         print(json.dumps(compiled(call, where)), flush=True)

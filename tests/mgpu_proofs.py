@@ -42,6 +42,7 @@ SMALL = Shape(rows=6, seqs=5, pages_per_seq=24, pages=60, page=8, q_heads=4, kv_
 TILED = dataclasses.replace(SMALL, rows=136, seqs=2, q_heads=2, kv_heads=1, head_dim=16)
 BOTH = dataclasses.replace(SMALL, rows=40, q_heads=2, kv_heads=1)
 BF16 = {"dtype": "bfloat16", "compute_dtype": "bfloat16"}
+SCALES = {"k_scale": np.array([0.5, 1.25], np.float32), "v_scale": np.array([2.0, 0.1], np.float32)}
 EDGES = {"sliding_window": 37, "logits_soft_cap": 5.0, "sinks": True}
 KERNELS: dict[str, Callable[[], Case]] = {
     "decode": lambda: build((1, 1, 1, 2), (70, 190, 0, 5), SMALL, amplitude=3.0, **BF16),
@@ -53,6 +54,27 @@ KERNELS: dict[str, Callable[[], Case]] = {
     ),
     "decode_head_256": lambda: build(
         (1,), (70,), dataclasses.replace(SMALL, rows=1, seqs=1, head_dim=256, kv_heads=1), **BF16
+    ),
+    "decode_fp8": lambda: build(
+        (1, 1, 1),
+        (7, 130, 0),
+        dataclasses.replace(SMALL, head_dim=128),
+        kv_dtype="float8_e4m3fn",
+        **SCALES,
+        **EDGES,
+        **BF16,
+    ),
+    "decode_int8": lambda: build(
+        (1, 1),
+        (190, 33),
+        SMALL,
+        kv_dtype="int8",
+        k_scale=0.01,
+        v_scale=np.array([0.05, 0.013], np.float32),
+        **BF16,
+    ),
+    "decode_e5m2": lambda: build(
+        (1, 1), (190, 33), SMALL, dtype="float16", kv_dtype="float8_e5m2", compute_dtype="float16", **SCALES
     ),
     "prefill": lambda: build((70, 9), (130, 9), TILED, **BF16),
     "prefill_edges": lambda: build((70, 9), (130, 9), TILED, **EDGES, **BF16),
@@ -76,11 +98,12 @@ def signature_of(case: Case, lse: bool = True) -> Signature:
     tokens, heads, dim = case.queries.shape
     pages, page, combined, _ = case.kv_pages.shape
     sequences, width = case.block_tables.shape
-    window, dtype = case.sliding_window, str(case.queries.dtype)
+    window, dtype, stored = case.sliding_window, str(case.queries.dtype), str(case.kv_pages.dtype)
     return Signature(
         num_tokens=tokens, num_q_heads=heads, head_dim=dim, num_pages=pages, page_size=page,
-        num_kv_heads=combined // 2, max_seqs=sequences, pages_per_seq=width, q_dtype=dtype, kv_dtype=dtype,
-        compute_dtype=dtype, sinks=case.softmax_aux is not None, k_scale=False, v_scale=False, return_lse=lse,
+        num_kv_heads=combined // 2, max_seqs=sequences, pages_per_seq=width, q_dtype=dtype, kv_dtype=stored,
+        compute_dtype=dtype, sinks=case.softmax_aux is not None, k_scale=case.k_scale is not None,
+        v_scale=case.v_scale is not None, return_lse=lse,
         optimized=False, softmax_scale=float(case.softmax_scale or dim**-0.5), logits_soft_cap=case.logits_soft_cap,
         sliding_window=None if window is None or window >= width * page else window, vmem_limit_bytes=None,
     )  # fmt: skip
@@ -90,7 +113,9 @@ def inputs_of(case: Case) -> Inputs:
     arrays = (case.queries, case.kv_pages, case.context_lens, case.block_tables, case.query_start_loc)
     count = jnp.asarray(case.num_seqs, jnp.int32).reshape(1)
     sinks = None if case.softmax_aux is None else jnp.asarray(case.softmax_aux, jnp.float32)
-    return Inputs(*(jnp.asarray(a) for a in arrays), count, sinks)
+    per_head = jnp.ones(case.kv_pages.shape[2] // 2, jnp.float32)
+    scales = (None if x is None else per_head * jnp.asarray(x) for x in (case.k_scale, case.v_scale))
+    return Inputs(*(jnp.asarray(a) for a in arrays), count, sinks, *scales)
 
 
 def interpret(case: Case, **changes):
@@ -156,7 +181,9 @@ def layouts(count: int):
 def expected(inputs: Inputs, shape: tiles.Shape):
     """Row by row, from `rpa.layout`: owner (1 valid, 2 invalid, 0 nobody), sequence, position."""
     case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
-    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {"sliding_window": shape.window}
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
+        "sliding_window": shape.window
+    }
     ragged = layout.sanitize(inputs, Signature(**rest | case_shape))
     owner, sequence, position = np.zeros(40, int), np.zeros(40, int), np.full(40, -1)
     for s in range(4):
@@ -174,7 +201,9 @@ def metadata(inputs: Inputs) -> rows.Metadata:
 def astray(inputs: Inputs, shape: tiles.Shape) -> np.ndarray:
     """bool [S]: sequences that `rpa.layout` calls invalid for a page alone."""
     case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
-    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {"sliding_window": shape.window}
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
+        "sliding_window": shape.window
+    }
     signature = Signature(**rest | case_shape)
     pages = inputs._replace(block_tables=jnp.clip(inputs.block_tables, 0, 19))
     return np.asarray(layout.sanitize(pages, signature).valid & ~layout.sanitize(inputs, signature).valid)
@@ -248,14 +277,18 @@ def prove_lanes() -> None:
         if seed % 3 == 0:
             loc = np.minimum(np.arange(sequences + 1) + random.integers(0, 2), tokens)
         if seed % 4 == 1:
-            loc[random.integers(0, sequences + 1, 2)] = random.choice([-3, tokens + 9, 2**31 - 1, -(2**31)], 2)
+            loc[random.integers(0, sequences + 1, 2)] = random.choice(
+                [-3, tokens + 9, 2**31 - 1, -(2**31)], 2
+            )
         if seed % 4 == 3:
             loc = random.integers(-3, tokens + 5, sequences + 1)
         loc, context = loc.astype(np.int32), random.integers(-5, 2**31 - 1, sequences, dtype=np.int32)
         count = int(random.integers(0, sequences + 1)) if seed % 5 == 0 else sequences
         memory = {1 << 20: loc, 1 << 40: context}
         for row in {0, tokens - 1, *(int(x) for x in random.integers(0, tokens, 5))}:
-            want = [int(x) for x in find(jnp.int32(row), jnp.int32(count), jnp.asarray(loc), jnp.asarray(context))]
+            want = [
+                int(x) for x in find(jnp.int32(row), jnp.int32(count), jnp.asarray(loc), jnp.asarray(context))
+            ]
             inputs = {"$5": row, "$6": count, "$7": sequences, "$8": 1 << 20, "$9": 1 << 40}
             after = ptx.run(text, inputs, memory)
             got = [after[f"${n}"] for n in range(5)]
@@ -280,14 +313,18 @@ def prove_items() -> None:
             units = jnp.full((5, 1), tiling.units)
             if tiling.singles:
                 units = plan.live_units(plan.owners(inputs, shape), shape, tiling).fields
-            one = functools.partial(decode.item_at, meta=metadata(inputs), units_ref=units, shape=shape, tiling=tiling)
+            one = functools.partial(
+                decode.item_at, meta=metadata(inputs), units_ref=units, shape=shape, tiling=tiling
+            )
             return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), units[4, 0]
 
         find = jax.jit(items, static_argnums=1)
         for seed, (inputs, shape) in enumerate(layouts(24)):
             if seed % 2:  # the page of a last key, which a sequence's earlier rows may not see
                 column = np.clip(np.asarray(inputs.context_lens) - 1, 0, 47) // 8
-                inputs = inputs._replace(block_tables=inputs.block_tables.at[seed % 4, column[seed % 4]].set(-1))
+                inputs = inputs._replace(
+                    block_tables=inputs.block_tables.at[seed % 4, column[seed % 4]].set(-1)
+                )
             owner, sequence, position = expected(inputs, shape)
             lengths = np.bincount(sequence[owner == 1], minlength=4)
             items_, listed = find(inputs, shape)

@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Bytes of spill stores a kernel may have; the rest may have none. Window decode: three workers spill a little and are
 # still 6 % faster on the H200 than four.
-SPILLED = {"decode_window": 64, "prefill_256": 96, "prefill_window": 32, "mixed": 32}
+SPILLED = {"decode_window": 64, "decode_int8": 128, "prefill_256": 96, "prefill_window": 32, "mixed": 32}
 # Programs a decode call launches: the kernel, and one more where its rows are split.
-LAUNCHES = {"decode": 2, "decode_window": 1}
+LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1}
 
 pytestmark = [
     pytest.mark.cuda_plugin,
@@ -30,13 +30,27 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict]:
     script = str(ROOT / "tests" / "mgpu_aot.py")
-    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["call"]: line for line in lines}
 
 
-@pytest.mark.parametrize("call", ["decode", "decode_window", "prefill", "prefill_256", "prefill_window", "mixed"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "decode",
+        "decode_window",
+        "decode_e4m3",
+        "decode_int8",
+        "prefill",
+        "prefill_256",
+        "prefill_window",
+        "mixed",
+    ],
+)
 def test_the_kernel_fits_and_keeps_its_registers(reports, call):
     report = reports[call]
     assert report["registers"], report

@@ -20,7 +20,9 @@ CALL = Signature(
     sliding_window=None, vmem_limit_bytes=None,
 )  # fmt: skip
 REFUSED = [
-    ({"kv_dtype": "float8_e4m3fn"}, "kv_pages of float8_e4m3fn"),
+    ({"kv_dtype": "float8_e4m3fn", "num_tokens": 257}, "kv_pages of float8_e4m3fn"),
+    ({"kv_dtype": "int8", "head_dim": 80}, "head_dim=80 with pages of int8"),
+    ({"kv_dtype": "int8", "q_dtype": "float32", "compute_dtype": "float32"}, "queries of float32"),
     ({"q_dtype": "float32", "kv_dtype": "float32", "compute_dtype": "float32"}, "kv_pages of float32"),
     ({"q_dtype": "float16"}, "queries of float16 on pages of bfloat16"),
     ({"compute_dtype": "float32"}, "compute_dtype=float32"),
@@ -40,11 +42,23 @@ def test_another_capability_is_told_which_backend_serves_it():
     assert "platform='triton'" in (pallas_gpu.supports(CALL, Device("gpu", "NVIDIA A100", (8, 0))) or "")
 
 
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_pages_of_eight_bits_are_taken_with_scales(dim, stored, dtype):
+    call = dataclasses.replace(
+        CALL, head_dim=dim, q_dtype=dtype, kv_dtype=stored, compute_dtype=dtype, k_scale=True, v_scale=True
+    )
+    assert pallas_gpu.supports(call, H200) is None
+
+
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("page", [8, 16, 48, 256])
 def test_the_shapes_it_is_for_are_taken(dim, dtype, page):
-    call = dataclasses.replace(CALL, head_dim=dim, page_size=page, q_dtype=dtype, kv_dtype=dtype, compute_dtype=dtype)
+    call = dataclasses.replace(
+        CALL, head_dim=dim, page_size=page, q_dtype=dtype, kv_dtype=dtype, compute_dtype=dtype
+    )
     assert pallas_gpu.supports(call, H200) is None
 
 
@@ -57,7 +71,11 @@ def test_every_ring_fits_shared_memory(tokens, dim, window):
     todo = program(call, RaggedPageAttentionv2Config(), interpreted=False)
     ring = 0
     if todo.prefill is not None:
-        ring = 2 * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1)) * dim
+        ring = (
+            2
+            * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1))
+            * dim
+        )
     if todo.decode is not None:
         assert todo.decode.stages >= 1
         assert todo.decode.chunk % todo.decode.block == 0

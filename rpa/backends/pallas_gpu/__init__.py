@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from rpa import device as devices
 from rpa import numerics
 from rpa.backends.pallas_gpu import combine, decode, mixed, plan, prefill
-from rpa.backends.pallas_gpu.program import Program, program, shape_of
+from rpa.backends.pallas_gpu.program import NARROW, Program, program, shape_of
 from rpa.backends.pallas_gpu.rows import Metadata
-from rpa.backends.pallas_gpu.tiles import Shape
+from rpa.backends.pallas_gpu.tiles import Heads, Shape
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.registry import Implementation
@@ -39,7 +39,8 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
 def decoded(inputs: Inputs, shape: Shape, tiling: decode.Tiling, with_lse: bool):
     """Output [R, Hq, D] and lse f32 [R, Hq] or None of the decode rows: one kernel, and one more where they split."""
     q, sinks = padded_heads(inputs, shape)
-    done = decode.attend(q, inputs.kv_pages, metadata(inputs), None, sinks, shape, tiling, with_lse)
+    heads = Heads(sinks, inputs.k_scale, inputs.v_scale)
+    done = decode.attend(q, inputs.kv_pages, metadata(inputs), None, heads, shape, tiling, with_lse)
     if tiling.splits == 1:
         return done.output, done.lse
     return combine.combine(done, sinks, shape, tiling, with_lse)
@@ -80,7 +81,8 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
             output, lse, parts = mixed.attend(q, inputs.kv_pages, meta, *both)
         else:
             output, lse = prefill.attend(q, inputs.kv_pages, meta.tables, *tiles, with_lse)
-            parts = decode.attend(q, inputs.kv_pages, meta, units.fields, sinks, shape, todo.decode, with_lse)
+            heads = Heads(sinks, inputs.k_scale, inputs.v_scale)
+            parts = decode.attend(q, inputs.kv_pages, meta, units.fields, heads, shape, todo.decode, with_lse)
         if todo.decode.splits > 1 or not todo.fused:
             parts = parts._replace(live=units.splits)
             output, lse = with_singles(output, lse, parts, own, sinks, shape, todo.decode)
@@ -112,16 +114,23 @@ def supports(signature: Signature, device: Device) -> str | None:
     """Why this call cannot run here, or None."""
     if device.capability != (9, 0):
         return f"it is written for compute capability 9.0, not {device.capability}; platform='triton' serves others"
-    if signature.kv_dtype not in ("bfloat16", "float16"):
-        return f"kv_pages of {signature.kv_dtype}: pages must be bfloat16 or float16; platform='triton' takes them"
-    if signature.q_dtype != signature.kv_dtype:
-        return f"queries of {signature.q_dtype} on pages of {signature.kv_dtype}: both must have one dtype"
-    if signature.compute_dtype not in (signature.kv_dtype, "bfloat16"):
-        return f"compute_dtype={signature.compute_dtype}: wgmma multiplies {signature.kv_dtype} pages as they are"
-    if signature.k_scale or signature.v_scale:
-        return "k_scale and v_scale are for quantised pages, which this kernel does not take yet"
+    q_dtype, kv_dtype = signature.q_dtype, signature.kv_dtype
+    narrow = kv_dtype in NARROW
+    if kv_dtype not in ("bfloat16", "float16") and not narrow:
+        return f"kv_pages of {kv_dtype}: pages must be of 16 or 8 bits; platform='triton' takes others"
+    if q_dtype not in ("bfloat16", "float16") or (q_dtype != kv_dtype and not narrow):
+        return f"queries of {q_dtype} on pages of {kv_dtype}: both must be bfloat16, or float16, or the pages narrower"
+    if signature.compute_dtype not in (q_dtype, "bfloat16"):
+        return f"compute_dtype={signature.compute_dtype}: wgmma multiplies {q_dtype} queries as they are"
+    if not narrow and (signature.k_scale or signature.v_scale):
+        return f"k_scale and v_scale: pages of {kv_dtype} are multiplied as they are; scales are for pages of 8 bits"
     if signature.head_dim % 16 or signature.head_dim > 256:
         return f"head_dim={signature.head_dim}: a multiple of 16 up to 256 is needed for wgmma"
+    if narrow and signature.head_dim % 64:
+        return f"head_dim={signature.head_dim} with pages of {kv_dtype}: a multiple of 64 is needed to convert them"
+    if narrow and signature.num_tokens > 4 * signature.max_seqs:
+        rows = f"{signature.num_tokens} query rows of {signature.max_seqs} sequences"
+        return f"kv_pages of {kv_dtype} with {rows}: only decode converts pages yet"
     if signature.page_size % 8:
         return (
             f"page size {signature.page_size}: a multiple of 8 is needed for TMA into swizzled shared memory"
@@ -145,11 +154,11 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
 def claim(signature: Signature, device: Device) -> dict:
     """Operands as stored, weights rounded once; tanh and exp2 are the hardware's approximations."""
     exact = numerics.claim(signature, device, 32)  # blocks of 64 keys at least, and the joins of splits
-    dots = numerics.ROUNDOFF[signature.kv_dtype]
+    dots = signature.q_dtype
     return exact | {
         "u_in": 0.0,
-        "u_p": dots,
-        "eta_p": numerics.UNDERFLOW[signature.kv_dtype],
+        "u_p": numerics.ROUNDOFF[dots],
+        "eta_p": numerics.UNDERFLOW[dots],
         "eps_tanh": 2.0**-10,
     }
 

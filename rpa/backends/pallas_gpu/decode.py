@@ -29,12 +29,14 @@ from rpa.backends.pallas_gpu.tiles import (
     FLOOR,
     I32,
     LOG2E,
+    Heads,
     Shape,
     ceil_div,
     first_key,
     page_of,
     piece,
     smem,
+    widen,
     zero_unseen,
 )
 
@@ -84,8 +86,9 @@ class Scratch(NamedTuple):
     """One worker's shared memory and barriers."""
 
     q: jax.Ref  # [2, N, D], of this item and the next
-    k: jax.Ref  # [stages, block, D]
+    k: jax.Ref  # [stages, block, D], as stored
     v: jax.Ref  # [stages, block, D]
+    wide: jax.Ref  # [block, D], keys or values of narrow pages, converted
     p: jax.Ref  # [N, block], weights on their way back into a product
     out: jax.Ref  # [N, D], a final answer on its way out
     lse: jax.Ref  # [N]
@@ -115,8 +118,9 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     return Scratch(
         q=smem((2, n, d), dtype),
-        k=smem((tiling.stages, tiling.block, d), dtype),
-        v=smem((tiling.stages, tiling.block, d), dtype),
+        k=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
+        v=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
+        wide=smem((tiling.block, d), dtype) if shape.stored else plgpu.SMEM((n,), jnp.float32),
         p=smem((n, tiling.block), dtype, like=d),
         out=plgpu.SMEM((n, d), jnp.dtype(dtype)),
         lse=plgpu.SMEM((n,), jnp.float32),
@@ -269,7 +273,7 @@ def fill_slot(item: Item, i, step, nth, stray, kv_ref, meta: Metadata, s: Scratc
 # ------------------------------------------------------------------ consumer
 
 
-def consume(outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """The consumer warpgroup: an online softmax over the blocks of each item that the producer names."""
     n, d = shape.columns, shape.head_dim
 
@@ -279,14 +283,18 @@ def consume(outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling) 
             plgpu.layout_cast(jnp.full((n,), FLOOR, jnp.float32), COLUMNS),
             plgpu.layout_cast(jnp.zeros((tiling.block, n), jnp.float32), WG),
         )
-        fold = functools.partial(fold_block, item, slot, step, s=s, shape=shape, tiling=tiling)
+        head = lax.rem(item.index, I32(shape.kv_heads))
+        scale = shape.scale if heads.k_scale is None else shape.scale * heads.k_scale[head]
+        fold = functools.partial(fold_block, item, slot, step, scale, s=s, shape=shape, tiling=tiling)
         acc, m, l = lax.fori_loop(0, item.blocks, fold, start)
+        if heads.v_scale is not None:
+            acc = acc * heads.v_scale[head]
         # Known only now: the producer looks at page ids as it goes.
         wrong = (item.owner == 2) | (s.record[slot * RECORD + STRAY] != 0)
         plgpu.barrier_arrive(s.q_free.at[slot])
         l = l.sum(axis=0) + jnp.where(wrong, jnp.nan, 0.0)
         if tiling.splits == 1:
-            write_answer(item, acc, m, l, outs, sinks_ref, s, shape, tiling)
+            write_answer(item, acc, m, l, outs, heads.sinks, s, shape, tiling)
         else:
             outs.acc[item.index], outs.m[item.index], outs.l[item.index] = acc, m, l
             if outs.live is not None:  # the first item of a row tells how many parts it has
@@ -310,32 +318,47 @@ def consume(outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling) 
     plgpu.wait_smem_to_gmem(0)
 
 
-def fold_block(item: Item, q_slot, step, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
+def fold_block(item: Item, q_slot, step, scale, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
     """Folds one block into (acc [D, N], m [N], l [block, N]); l is summed over its rows only at the end."""
     acc, m, l = carry
     slot = lax.rem(step + i, I32(tiling.stages))
     key = item.start + i * tiling.block
-    z = masked(scores(s, q_slot, slot, shape, tiling), key, item, tiling)
+    z = masked(scores(s, q_slot, slot, scale, shape), key, item, tiling)
     m_new = jnp.maximum(m, z.max(axis=0))
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z - across(m_new, z))
     s.p.transpose((1, 0))[...] = p.astype(shape.dtype)
     plgpu.commit_smem()
     plgpu.barrier_wait(s.v_full.at[slot])
-    clean_values(s.v.at[slot], key, item, shape, tiling)
-    pv = product(s.v.at[slot].transpose((1, 0)), s.p.transpose((1, 0)))
-    plgpu.barrier_arrive(s.v_free.at[slot])
+    values = operand(s.v.at[slot], s.v_free.at[slot], s, shape)
+    clean_values(values, key, item, shape, tiling)
+    pv = product(values.transpose((1, 0)), s.p.transpose((1, 0)))
+    if not shape.stored:
+        plgpu.barrier_arrive(s.v_free.at[slot])
     return acc * across(alpha, acc) + pv, m_new, l * across(alpha, l) + p
 
 
-def scores(s: Scratch, q_slot, slot, shape: Shape, tiling: Tiling):
+def scores(s: Scratch, q_slot, slot, scale, shape: Shape):
     """Capped, scaled logits of one block in units of log 2, [block, N]."""
     plgpu.barrier_wait(s.k_full.at[slot])
-    x = product(s.k.at[slot], s.q.at[q_slot].transpose((1, 0)))
-    plgpu.barrier_arrive(s.k_free.at[slot])
+    keys = operand(s.k.at[slot], s.k_free.at[slot], s, shape)
+    x = product(keys, s.q.at[q_slot].transpose((1, 0)))
+    if not shape.stored:
+        plgpu.barrier_arrive(s.k_free.at[slot])
     if shape.cap is None:
-        return x * (shape.scale * LOG2E)
-    return jnp.tanh(x * (shape.scale / shape.cap)) * (shape.cap * LOG2E)
+        return x * (scale * LOG2E)
+    return jnp.tanh(x * (scale / shape.cap)) * (shape.cap * LOG2E)
+
+
+def operand(ref, free, s: Scratch, shape: Shape):
+    """A ring slot as wgmma takes it: itself, or converted, and then the slot is given back by `free`."""
+    if not shape.stored:
+        return ref
+    plgpu.commit_smem()  # a barrier of the warpgroup: its other warps have done with what `wide` held before
+    widen(ref, s.wide, shape)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(free)
+    return s.wide
 
 
 def masked(z, key, item: Item, tiling: Tiling):
@@ -442,22 +465,22 @@ def result_types(shape: Shape, tiling: Tiling, with_lse: bool) -> Outputs:
 
 
 def attend(
-    q, kv_pages, meta: Metadata, units, sinks, shape: Shape, tiling: Tiling, with_lse: bool
+    q, kv_pages, meta: Metadata, units, heads: Heads, shape: Shape, tiling: Tiling, with_lse: bool
 ) -> Outputs:
     """The decode rows' `Outputs`; parts of items that hold no keys are not written.
 
     Args:
         q: [T, heads, D], `shape.loaded_heads` of them. units: of `plan.Units`, where the rows are listed.
-        sinks: f32 [heads] or None, read with one split only.
+        heads: sinks, which are read with one split only, and scales.
     """
     types = result_types(shape, tiling, with_lse)
-    sinks = sinks if tiling.splits == 1 else None
+    heads = heads if tiling.splits == 1 else heads._replace(sinks=None)
 
     def body(q_ref, kv_ref, *rest):
         rest = list(rest)
         meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
         units_ref = rest.pop(0) if units is not None else None
-        sinks_ref = rest.pop(0) if sinks is not None else None
+        head_refs = heads.of(rest)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         workers = rest
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -466,7 +489,7 @@ def attend(
         def consumer(s):
             def run():
                 plgpu.set_max_registers(registers[0], action="increase")
-                consume(outs, sinks_ref, s, shape, tiling)
+                consume(outs, head_refs, s, shape, tiling)
 
             return run
 
@@ -496,6 +519,6 @@ def attend(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
         kernel_name="rpa_decode",
-    )(q, kv_pages, *meta, *(x for x in (units, sinks) if x is not None))
+    )(q, kv_pages, *meta, *([] if units is None else [units]), *heads.present)
     results = list(results)
     return Outputs(*(None if t is None else results.pop(0) for t in types))

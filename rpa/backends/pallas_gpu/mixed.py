@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rpa.backends.pallas_gpu import decode, prefill
 from rpa.backends.pallas_gpu.decode import Outputs
 from rpa.backends.pallas_gpu.rows import Metadata
-from rpa.backends.pallas_gpu.tiles import Shape
+from rpa.backends.pallas_gpu.tiles import Heads, Shape
 
 
 def attend(
@@ -67,7 +67,7 @@ def attend(
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(spare, action="decrease")
-            decode.consume(outs, sinks_ref, d, shape, decoding)
+            decode.consume(outs, Heads(sinks_ref), d, shape, decoding)
 
         @pl.when(wg < 2)
         def _():

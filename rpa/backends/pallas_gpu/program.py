@@ -14,6 +14,7 @@ from rpa.signature import Signature
 SMS = 132  # of an H100 or H200 SXM; on fewer, the CTAs of the persistent grids queue, on more some SMs idle
 SMEM = 227 * 1024
 RESERVED = 6 * 1024  # barriers and the reductions' scratch
+NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")  # pages that are converted on their way into a product
 LONG = 64  # mean query length from which every sequence takes the prefill role
 OPTIONS = (
     "ahead", "consumer_registers", "ctas", "decode_block", "decode_stages", "fresh", "least_chunk",
@@ -39,10 +40,11 @@ def shape_of(signature: Signature) -> Shape:
         page=signature.page_size,
         pages=max(signature.num_pages, 1),
         table_width=signature.pages_per_seq,
-        dtype=signature.kv_dtype,
+        dtype=signature.q_dtype,
         scale=signature.softmax_scale,
         cap=signature.logits_soft_cap,
         window=signature.sliding_window,
+        stored=signature.kv_dtype if signature.kv_dtype in NARROW else "",
     )
 
 
@@ -73,9 +75,10 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     small = 4 if shape.head_dim <= 64 and not short else 3
     workers = config.option("workers", small if shape.head_dim <= 128 else 1)
     block = config.option("decode_block", 64)
-    slot = 2 * block * shape.head_dim * jnp.dtype(shape.dtype).itemsize
-    # Queries of two items, an answer and weights; a reduction's scratch, barriers.
+    slot = 2 * block * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize
+    # Queries of two items, an answer and weights; a reduction's scratch, barriers; a converted tile.
     small = 2 * shape.columns * (3 * shape.head_dim + block) + 2048
+    small += 2 * block * shape.head_dim if shape.stored else 0
     fits = ((SMEM - RESERVED) // workers - small) // slot
     stages = min(config.option("decode_stages", 8), fits)
     span = shape.capacity

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -30,10 +31,15 @@ class Shape:
     page: int
     pages: int  # P, of the pool
     table_width: int  # pages_per_seq
-    dtype: str  # of queries, pages and both products' operands
+    dtype: str  # of queries and both products' operands
     scale: float
     cap: float | None
     window: int | None
+    stored: str = ""  # of pages, where they are narrower than the operands: float8_e4m3fn, float8_e5m2, int8
+
+    @property
+    def pages_dtype(self) -> str:
+        return self.stored or self.dtype
 
     @property
     def group(self) -> int:
@@ -52,6 +58,22 @@ class Shape:
     @property
     def capacity(self) -> int:
         return self.table_width * self.page
+
+
+class Heads(NamedTuple):
+    """What a call holds one number a head of, arrays or refs."""
+
+    sinks: Any = None  # f32 [Hq]
+    k_scale: Any = None  # f32 [Hkv], of narrow pages
+    v_scale: Any = None  # f32 [Hkv]
+
+    @property
+    def present(self) -> list:
+        return [x for x in self if x is not None]
+
+    def of(self, refs: list) -> Heads:
+        """The same, with the first of `refs`, which are taken away, for what is present."""
+        return Heads(*(None if x is None else refs.pop(0) for x in self))
 
 
 def transforms(minor: int, dtype: str) -> tuple:
@@ -89,6 +111,18 @@ def page_of(key, sequence, tables_ref, shape: Shape):
     entry = tables_ref[sequence, column]
     page = jnp.clip(entry, 0, shape.pages - 1)
     return page, lax.rem(key, I32(shape.page)), jnp.where(entry != page, I32(1), I32(0))
+
+
+def widen(narrow_ref, wide_ref, shape: Shape) -> None:
+    """Converts a tile of stored numbers to operands, without a rounding; a scale, if any, is the products' affair."""
+    d = narrow_ref.shape[1]
+    width = 128 if d % 128 == 0 else 64  # a swizzled row of the narrow tile
+    for column in range(0, d, width):
+        part = plgpu.load(narrow_ref.at[:, pl.ds(column, width)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+        if shape.stored != "int8":
+            part = part.astype(jnp.float16)  # what the hardware converts to
+            part = part if shape.dtype == "float16" else part.astype(jnp.float32)
+        wide_ref.at[:, pl.ds(column, width)][...] = part.astype(shape.dtype)
 
 
 def zero_unseen(v_ref, first, low, stop, shape: Shape) -> None:
