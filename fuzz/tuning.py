@@ -82,9 +82,9 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
     stored = {"|".join(query.triple): _entry(winner, note)}
     # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.
-    own = query.complete(RaggedPageAttentionv2Config(platform=winner.platform))
+    own, _ = query.fit(RaggedPageAttentionv2Config(platform=winner.platform))
     shipped = RaggedPageAttentionv2Config(platform=winner.platform) if winner == own else winner
-    return Outcome(cell.name, summary(report), stored, {f"{query.op}|{query.stem}": _entry(shipped, note)})
+    return Outcome(cell.name, summary(report), stored, {f"{query.op}|{query.stems[0]}": _entry(shipped, note)})
 
 
 def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:

@@ -191,7 +191,7 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
         from rpa import shard
 
         signature, device, layout = shard.share_of(inputs, signature, given.get("mesh"), given.get("in_specs"))
-        sharding = layout.label(given.get("mesh"))
+        sharding = layout.label
     return {
         "signature": signature,
         "device": device,

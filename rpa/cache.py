@@ -8,7 +8,6 @@ import json
 import os
 import re
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -24,40 +23,35 @@ SCHEMA = 1
 _PATIENCE = 20.0  # seconds to wait for another process's write
 Triple = tuple[str, str, str]  # device, operation, key
 
-_overlays: ContextVar[tuple[Any, ...]] = ContextVar("rpa_overlays", default=())
+overlays: ContextVar[tuple[Any, ...]] = ContextVar("rpa_overlays", default=())  # innermost first
 
 
 # ------------------------------------------------------------------ memory and overlays
 
 
 class ConfigCache:
-    """Configs of this process by (device, operation, key); threads may share it."""
+    """Configs of this process by (device, operation, key); threads may share it, since each method is one step."""
 
     def __init__(self) -> None:
         self._data: dict[Triple, Any] = {}
-        self._lock = threading.Lock()
-        self.generation = 0  # counts changes, so that a remembered choice can tell that it is stale
+        self.generation = object()  # another after each change, so that a remembered choice can tell that it is stale
 
     def get(self, device: str, op: str, key: str) -> Any | None:
-        with self._lock:
-            return self._data.get((device, op, key))
+        return self._data.get((device, op, key))
 
     def put(self, device: str, op: str, key: str, cfg: Any) -> None:
-        with self._lock:
-            self._data[device, op, key] = cfg
-            self.generation += 1
+        self._data[device, op, key] = cfg
+        self.generation = object()
 
     def clear(self) -> None:
-        with self._lock:
-            self._data.clear()
-            self.generation += 1
+        self._data.clear()
+        self.generation = object()
 
     def size(self) -> int:
         return len(self._data)
 
     def keys(self) -> list[Triple]:
-        with self._lock:
-            return list(self._data)
+        return list(self._data)
 
 
 @contextlib.contextmanager
@@ -68,24 +62,16 @@ def overlay_cache(overlay: Mapping[Triple, Any] | RaggedPageAttentionv2Config) -
         overlay: `{(device, operation, key): config}`, keys as `explain(...).key` gives them, or one config for
             every call.
     """
-    token = _overlays.set((overlay, *_overlays.get()))
+    token = overlays.set((overlay, *overlays.get()))
     try:
         yield
     finally:
-        _overlays.reset(token)
-
-
-def overlays() -> tuple[Any, ...]:
-    """The active overlays, innermost first."""
-    return _overlays.get()
+        overlays.reset(token)
 
 
 def find_overlay(triple: Triple) -> Any | None:
-    for overlay in _overlays.get():
-        found = overlay.get(triple) if isinstance(overlay, Mapping) else overlay
-        if found is not None:
-            return found
-    return None
+    found = (overlay.get(triple) if isinstance(overlay, Mapping) else overlay for overlay in overlays.get())
+    return next((config for config in found if config is not None), None)
 
 
 # ------------------------------------------------------------------ the file
@@ -159,7 +145,7 @@ class PersistentCache:
             with FileLock(f"{path}.lock", timeout=_PATIENCE):  # its Timeout is an OSError
                 entries = {} if replace else _current(path)
                 _write(path, {**entries, **added})
-        except (OSError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+        except (OSError, ValueError, TypeError, MemoryError, NotImplementedError, ImportError) as error:
             _warn(f"{path}: configs are not stored, and are found anew in the next process: {error}")
             return False
         PersistentCache.generation += 1
@@ -167,13 +153,11 @@ class PersistentCache:
 
 
 def _current(path: Path) -> dict[str, Any]:
-    """The entries to merge into; a broken file is set aside, one of a later schema is left alone (ValueError)."""
+    """The entries to merge into; a broken file is set aside, one of a later schema is left alone (OSError)."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return read(path)
     except FileNotFoundError:
         return {}
-    except NewerSchema:
-        raise
     except ValueError:
         os.replace(path, f"{path}.bad")
         return {}
@@ -182,10 +166,32 @@ def _current(path: Path) -> dict[str, Any]:
 def _readable(file: Any) -> dict[str, Any]:
     """The entries of a file, none of one that cannot be used."""
     try:
-        return parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read(file)
+    except (OSError, ValueError, MemoryError) as error:
         _warn(f"{file}: this store is not usable and counts as empty: {error}")
         return {}
+
+
+def read(file: Any) -> dict[str, Any]:
+    """The entries of a store's file.
+
+    Raises:
+        ValueError: it holds no store of this schema.
+        OSError: it cannot be read, or a later version wrote it and would lose what only that one knows.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for its writer
+        raise OSError("it is no file")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(data, dict) or not isinstance(data.get("entries"), dict) or "schema" not in data:
+        raise ValueError("it is JSON, but no store of rpa")
+    schema = data["schema"]
+    if schema != SCHEMA:
+        kind = OSError if isinstance(schema, int) and schema > SCHEMA else ValueError
+        raise kind(f"it has schema {schema!r}, and this version reads and writes {SCHEMA}")
+    return data["entries"]
 
 
 def config_of(entry: Any, where: str, loader: Callable[[Any], Any] = RaggedPageAttentionv2Config.from_dict) -> Any:
@@ -195,29 +201,6 @@ def config_of(entry: Any, where: str, loader: Callable[[Any], Any] = RaggedPageA
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         _warn(f"{where} is not a usable config and is ignored: {error}")
         return None
-
-
-class NewerSchema(ValueError):
-    """The file belongs to a later version of this package, which would lose what it knows."""
-
-
-def parse(text: str) -> dict[str, Any]:
-    """The entries of a store's text.
-
-    Raises:
-        ValueError: no store of this schema; `NewerSchema` when a later version wrote it.
-    """
-    try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(data, dict) or not isinstance(data.get("entries"), dict) or "schema" not in data:
-        raise ValueError("it is JSON, but no store of rpa")
-    schema = data["schema"]
-    if schema != SCHEMA:
-        kind = NewerSchema if isinstance(schema, int) and schema > SCHEMA else ValueError
-        raise kind(f"it has schema {schema!r}, and this version reads and writes {SCHEMA}")
-    return data["entries"]
 
 
 def render(entries: Mapping[str, Any]) -> str:

@@ -23,6 +23,11 @@ class Device:
     capability: tuple[int, int] | None = None  # compute capability, NVIDIA only
     interpreted: bool = False
 
+    @property
+    def accelerator(self) -> bool:
+        """Whether tuning on it is worth its time."""
+        return self.platform in ("gpu", "tpu") and not self.interpreted
+
 
 # An ahead-of-time target knows its name and no more.
 _CAPABILITY = {

@@ -10,7 +10,6 @@ import numpy as np
 
 from rpa import api, registry, select
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.device import Device
 
 
 class Explanation(str):
@@ -35,8 +34,24 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     """
     bound = inspect.signature(api.ragged_page_attention_v2).bind(*args, **kwargs)
     call = api.described({name: _stand_in(value) for name, value in bound.arguments.items()})
-    choice = select.choose(**call, dry=True)
-    return _told(choice, call["device"], registry.refusals(call["signature"], call["device"]))
+    choice, device = select.choose(**call, dry=True), call["device"]
+    name, refusals = choice.implementation.name, registry.refusals(call["signature"], device)
+    fields = {field: value for field, value in choice.config.to_dict().items() if value not in (None, {})}
+    lines = [
+        f"backend  {name} on {device.platform} ({device.kind})",
+        f"config   {', '.join(f'{field}={value}' for field, value in fields.items())}",
+        f"source   {choice.source}",
+        f"reason   {choice.reason}",
+        f"key      {choice.key[2]}",
+        "stages",
+        *(f"  {stage:<11}{answer}" for stage, answer in choice.trail),
+        "backends",
+        *(f"  {backend:<11}{reason or 'can take this call'}" for backend, reason in refusals.items()),
+    ]
+    text = Explanation("\n".join(lines))
+    text.backend, text.config, text.source = name, choice.config, choice.source
+    text.reason, text.key, text.trail, text.refusals = choice.reason, choice.key, choice.trail, refusals
+    return text
 
 
 def _stand_in(value: Any) -> Any:
@@ -44,22 +59,3 @@ def _stand_in(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return np.broadcast_to(np.zeros((), value.dtype), value.shape)
     return value
-
-
-def _told(choice: select.Choice, device: Device, refusals: dict[str, str | None]) -> Explanation:
-    fields = {name: value for name, value in choice.config.to_dict().items() if value not in (None, {})}
-    lines = [
-        f"backend  {choice.implementation.name} on {device.platform} ({device.kind})",
-        f"config   {', '.join(f'{name}={value}' for name, value in fields.items())}",
-        f"source   {choice.source}",
-        f"reason   {choice.reason}",
-        f"key      {choice.key[2]}",
-        "stages",
-        *(f"  {stage:<11}{answer}" for stage, answer in choice.trail),
-        "backends",
-        *(f"  {name:<11}{reason or 'can take this call'}" for name, reason in refusals.items()),
-    ]
-    text = Explanation("\n".join(lines))
-    text.backend, text.config, text.source = choice.implementation.name, choice.config, choice.source
-    text.reason, text.key, text.trail, text.refusals = choice.reason, choice.key, choice.trail, refusals
-    return text

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from rpa import select
-from rpa.device import current, fingerprint
-from rpa.select import Query
+from rpa.chain import Query
+from rpa.device import current
 from rpa.validate import is_traced
 
 
@@ -97,30 +97,28 @@ class Kernel[Config, Output]:
     def query(self, inv: Invocation) -> Query:
         """What selection has to know about an invocation."""
         given = {**dict(enumerate(inv.args)), **inv.kwargs}
-        names = [name for name, value in given.items() if _is_array(value)]
-        device = current(next((value for value in given.values() if isinstance(value, jax.Array)), None))
-        traced = any(is_traced(given[name]) for name in names)
-        run = self.hook("run", device.platform)
+        arrays = {name: value for name, value in given.items() if _is_array(value)}
+        device = current(next((value for value in arrays.values() if isinstance(value, jax.Array)), None))
+        traced = any(map(is_traced, arrays.values()))
 
         def program(cfg: Any) -> Callable[..., Any]:
-            def call(*arrays: Any) -> Any:
-                full = given | dict(zip(names, arrays, strict=True))
-                args = [full[i] for i in range(len(inv.args))]
-                return run(*args, cfg=cfg, **{name: full[name] for name in inv.kwargs})
+            def call(*values: Any) -> Any:
+                full = given | dict(zip(arrays, values, strict=True))
+                args = [full.pop(i) for i in range(len(inv.args))]
+                return self.hook("run", device.platform)(*args, cfg=cfg, **full)
 
             return call
 
         return Query(
             op=f"{self.op_id}@{self.version}",
-            device=fingerprint(device),
-            stem=inv.make_key(self.key_builder),
+            device=device,
+            stems=(inv.make_key(self.key_builder),),
             heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
             candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
             program=program,
-            args=tuple(given[name] for name in names),
+            args=tuple(arrays.values()),
             explicit=inv.override_cfg,
-            untunable=lambda: "inside jit there is nothing to time: heuristics decide" if traced else None,
-            accelerator=device.platform in ("gpu", "tpu"),
+            untunable=lambda tuner: "inside jit there is nothing to time: heuristics decide" if traced else None,
         )
 
 
@@ -137,18 +135,10 @@ class Executor[Config, Output]:
         self.stamp_prefix = stamp_prefix
 
     def __call__(
-        self,
-        kernel: Kernel,
-        *args: Any,
-        cfg: Any | None = None,
-        stamp: bool = True,
-        method: str | None = None,
-        mesh: Any | None = None,
-        in_specs: Any | None = None,
-        out_specs: Any | None = None,
-        check_vma: bool = False,
+        self, kernel: Kernel, *args: Any, cfg: Any | None = None, stamp: bool = True, method: str | None = None,
+        mesh: Any | None = None, in_specs: Any | None = None, out_specs: Any | None = None, check_vma: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Run `kernel` on these arguments; with a mesh (or `method="shard_map"`), over it."""
         if method not in (None, "shard_map"):
             raise ValueError(f"method={method!r}: 'shard_map' or None is expected")
@@ -156,14 +146,12 @@ class Executor[Config, Output]:
         inv = _invocation(kernel, args, kwargs, cfg, stamp=stamp, method=method, **over)
         chosen = self.chooser.choose(inv, kernel)
         if method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs)):
-            wrap = kernel.create_shard_map_wrapper
-            fn, call_args, *callback = wrap(*inv.args, cfg=chosen, **over, **inv.kwargs)
+            fn, call_args, *callback = kernel.create_shard_map_wrapper(*inv.args, cfg=chosen, **over, **inv.kwargs)
             output = fn(*call_args)
             return callback[0](output) if callback else output
-        run = kernel.hook("run", current().platform)
         scope = jax.named_scope(f"{self.stamp_prefix}#{kernel.op_id}@{kernel.version}") if stamp else nullcontext()
         with scope:
-            return run(*inv.args, cfg=chosen, **inv.kwargs)
+            return kernel.hook("run", current().platform)(*inv.args, cfg=chosen, **inv.kwargs)
 
     def choose_config(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Any:
         """The config a call would run on."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from rpa.signature import Signature
@@ -18,37 +18,38 @@ _NAMES = {
     "sequences": ("sequences", "sequence", "seq", "dp", "data", "batch"),
     "pages": ("pages", "page", "cp", "context", "kv"),
 }
-_ARGUMENTS = (
-    "queries",
-    "kv_pages",
-    "context_lens",
-    "block_tables",
-    "query_start_loc",
-    "num_seqs",
-    "softmax_aux",
-)
+_ARGUMENTS = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which mesh axes split what; an empty tuple splits nothing."""
+    """Which axes of a mesh split what; an empty tuple splits nothing."""
 
+    mesh: Any
     heads: Axes = ()
     sequences: Axes = ()
     pages: Axes = ()
 
-    def label(self, mesh: Any) -> str:
+    def shards(self, what: str) -> int:
+        """Into how many parts heads, sequences or pages are split."""
+        return math.prod(self.mesh.shape[axis] for axis in getattr(self, what))
+
+    @property
+    def label(self) -> str:
         """The layout as part of a key: `heads:4,pages:2`."""
-        parts = {name: size_of(mesh, getattr(self, name)) for name in _NAMES}
-        return ",".join(f"{name}:{size}" for name, size in parts.items() if size > 1) or "none"
+        return ",".join(f"{what}:{size}" for what in _NAMES if (size := self.shards(what)) > 1) or "none"
 
 
 def layout_of(mesh: Any, in_specs: Any = None) -> Layout:
     """What each axis splits: as the specs say, else as its name says, else by its place (last heads, first sequences).
 
     Raises:
-        TypeError, ValueError: naming the spec or the axis that cannot be used.
+        TypeError, ValueError: naming the mesh, the spec or the axis that cannot be used.
     """
+    if mesh is None:
+        raise ValueError("mesh=None: in_specs and out_specs need the mesh that they speak of")
+    if not isinstance(mesh, (Mesh, AbstractMesh)):
+        raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh or None is expected")
     if in_specs is not None:
         return _from_specs(mesh, in_specs)
     roles: dict[str, Axes] = {}
@@ -64,7 +65,7 @@ def layout_of(mesh: Any, in_specs: Any = None) -> Layout:
             roles[role] = (nameless.pop(place),)
     if nameless:
         raise ValueError(f"mesh axis {nameless[0]!r} has nothing left to split: give in_specs")
-    return Layout(**roles)
+    return Layout(mesh, **roles)
 
 
 def _from_specs(mesh: Any, in_specs: Any) -> Layout:
@@ -91,7 +92,7 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
     twice = next((axis for axis in used if used.count(axis) > 1), None)
     if twice is not None:
         raise ValueError(f"in_specs: mesh axis {twice!r} splits two dimensions, and an axis can split one")
-    return Layout(heads, sequences, pages)
+    return Layout(mesh, heads, sequences, pages)
 
 
 def _no_split(name: str, dim: int, axes: Axes) -> str:
@@ -117,17 +118,6 @@ def _dims(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:
     return (*dims, *((),) * (rank - len(dims)))
 
 
-def check_mesh(mesh: Any) -> None:
-    if mesh is None:
-        raise ValueError("mesh=None: in_specs and out_specs need the mesh that they speak of")
-    if not isinstance(mesh, (Mesh, AbstractMesh)):
-        raise TypeError(f"mesh={mesh!r}: a jax.sharding.Mesh or None is expected")
-
-
-def size_of(mesh: Any, axes: Axes) -> int:
-    return int(np.prod([mesh.shape[axis] for axis in axes], dtype=np.int64))
-
-
 def _shown(axes: Axes) -> str:
     return repr(axes[0]) if len(axes) == 1 else repr(axes)
 
@@ -135,36 +125,42 @@ def _shown(axes: Axes) -> str:
 # ------------------------------------------------------------------ what one device computes
 
 
-def local_signature(signature: Signature, plan: Layout, mesh: Any) -> Signature:
-    """The static part of one device's share.
+def local_signature(signature: Signature, plan: Layout) -> Signature:
+    """The static part of one device's share; with pages split, of its attention to the pages that it holds.
+
+    That is a call in which each row is a sequence of its own, without a window since its table starts where the window
+    does, and whose answer stays in f32 until the devices' parts are merged.
 
     Raises:
         ValueError: an axis does not divide what it splits; the text names it.
     """
-    shards = size_of(mesh, plan.heads)
-    q_heads, kv_heads = signature.num_q_heads, signature.num_kv_heads
+    shards, holders = plan.shards("heads"), plan.shards("pages")
+    q_heads, kv_heads, page = signature.num_q_heads, signature.num_kv_heads, signature.page_size
     if q_heads % shards:
         raise ValueError(_indivisible(plan.heads, shards, f"the {q_heads} heads of queries"))
     if kv_heads % shards and shards % kv_heads:
         raise ValueError(_indivisible(plan.heads, shards, f"the {kv_heads} kv heads, nor do they divide it"))
-    local = replace(signature, num_q_heads=q_heads // shards, num_kv_heads=max(kv_heads // shards, 1))
-    holders = size_of(mesh, plan.pages)
     if signature.num_pages % holders:
         raise ValueError(_indivisible(plan.pages, holders, f"the {signature.num_pages} pages of kv_pages"))
-    return local if holders == 1 else _row_signature(local, holders)
-
-
-def _row_signature(local: Signature, holders: int) -> Signature:
-    """The call that attends to one device's pages: each row its own sequence, the parts in f32 until merged."""
-    if local.sliding_window is not None:
-        raise ValueError(
-            f"sliding_window={local.sliding_window}: pages cannot be split over a mesh axis under a window, which "
-            "may start inside a page; split heads or sequences instead"
-        )
+    local = replace(signature, num_q_heads=q_heads // shards, num_kv_heads=max(kv_heads // shards, 1))
+    if holders == 1:
+        return local
+    most = signature.pages_per_seq if (window := signature.sliding_window) is None else -(-window // page)
     return replace(
-        local, num_pages=local.num_pages // holders, max_seqs=local.num_tokens, q_dtype="float32", sinks=False,
-        return_lse=True,
+        local, num_pages=local.num_pages // holders, pages_per_seq=min(local.pages_per_seq, most),
+        max_seqs=local.num_tokens, q_dtype="float32", sinks=False, return_lse=True, sliding_window=None,
     )  # fmt: skip
+
+
+def edge_signature(signature: Signature, plan: Layout) -> Signature | None:
+    """The second call where pages are split under a window: over the slots of the page in which a row's window starts.
+
+    A window may start inside a page, which a table of whole pages cannot say; the slots after that are pages of one.
+    """
+    if plan.shards("pages") == 1 or signature.sliding_window is None or signature.page_size == 1:
+        return None
+    local, page = local_signature(signature, plan), signature.page_size
+    return replace(local, num_pages=local.num_pages * page, page_size=1, pages_per_seq=page - 1)
 
 
 def _indivisible(axes: Axes, size: int, what: str) -> str:

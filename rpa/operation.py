@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rpa import api, registry, select, shard
+from rpa.chain import Query
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.kernel import Invocation, Kernel
@@ -53,7 +54,7 @@ class RaggedPageAttentionv2(Kernel):
         platform = detect_platform(registry.ALGORITHM, cfg.platform)
         return kernel_registry.get(registry.ALGORITHM, platform, cfg.backend)
 
-    def query(self, inv: Invocation) -> select.Query:
+    def query(self, inv: Invocation) -> Query:
         call = _call_of(inv)
         chip = call["device"].platform
         return replace(
@@ -66,27 +67,23 @@ class RaggedPageAttentionv2(Kernel):
         """The preferred backend's own choice."""
         return select.query_of(**_call_of(inv)).heuristic()
 
-    def candidate_cfgs(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
-        """What the backends of the device at hand would have timed."""
-        return list(select.query_of(**_call_of(inv)).candidates())
+    def candidate_cfgs(self, inv: Invocation, chip: str | None = None) -> list[RaggedPageAttentionv2Config]:
+        """What the backends of the device at hand would have timed, or those of a stand-in for a chip that is not."""
+        call = _call_of(inv)
+        if chip not in (None, call["device"].platform):
+            call["device"] = _STAND_INS[chip]
+        return list(select.query_of(**call).candidates())
 
     def candidate_cfgs_gpu(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
         """The same for a GPU: the one at hand, or an H200."""
-        return _candidates_for("gpu", inv)
+        return RaggedPageAttentionv2.candidate_cfgs(self, inv, "gpu")
 
     def candidate_cfgs_tpu(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
         """The same for a TPU: the one at hand, or a v6e."""
-        return _candidates_for("tpu", inv)
+        return RaggedPageAttentionv2.candidate_cfgs(self, inv, "tpu")
 
     candidate_cfgs_shard_map_gpu = candidate_cfgs_gpu
     candidate_cfgs_shard_map_tpu = candidate_cfgs_tpu
-
-
-def _candidates_for(chip: str, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
-    call = _call_of(inv)
-    if call["device"].platform != chip:
-        call["device"] = _STAND_INS[chip]
-    return list(select.query_of(**call).candidates())
 
 
 def _call_of(inv: Invocation) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from rpa.program import compiled
 from rpa.registry import ALGORITHM, Implementation, Slot, load
 from rpa.signature import Inputs, Signature
 
-_ANY_CHIP = ("cpu", "gpu", "tpu", "mps")
+# What tunes a kernel and does not change its answer: two kernels may differ in these.
+_TUNING = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "num_warps", "num_stages")
+_FACTS = ("supports", "heuristic", "candidates", "claim")
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,12 @@ class KernelSpec:
     algorithm: str
     implementation: Callable[..., Any]
     priority: int = 0
-
-
-# What tunes a kernel and does not change its answer: two kernels may differ in these.
-_TUNING = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "num_warps", "num_stages")
+    slot: Slot | None = None  # where a kernel of our operation stands
 
 
 @functools.cache
-def _builtin(slot: Slot) -> Callable[..., Any]:
-    """A built-in backend as a callable with the seed's keywords: it runs on exactly these block sizes."""
+def _builtin(slot: Slot) -> KernelSpec:
+    """A backend as a callable with the seed's keywords: it runs on exactly these block sizes."""
 
     @api.taking(
         "queries kv_pages context_lens block_tables query_start_loc num_seqs softmax_scale logits_soft_cap "
@@ -57,14 +56,15 @@ def _builtin(slot: Slot) -> Callable[..., Any]:
         output, lse = compiled(load(slot.name), signature, config, device)(inputs)
         return (output, lse) if signature.return_lse else output
 
-    return kernel
+    chip = Backend.ANY if len(slot.chips) > 1 else Backend(*slot.chips)
+    return KernelSpec(Platform(slot.platform), chip, ALGORITHM, kernel, slot.priority, slot)
 
 
 class KernelRegistry:
     """Kernels by algorithm, platform and chip; the built-in ones are there from the start."""
 
     def __init__(self) -> None:
-        self._specs: list[tuple[KernelSpec, Slot | None]] = []
+        self._added: list[KernelSpec] = []
         self._lock = threading.Lock()
 
     def register(
@@ -80,31 +80,27 @@ class KernelRegistry:
         Raises:
             ValueError, TypeError: an unknown platform, backend or fact; the text lists the known ones.
         """
-        unknown = sorted(set(facts) - {"supports", "heuristic", "candidates", "claim"})
+        unknown = sorted(set(facts) - set(_FACTS))
         if unknown:
-            raise TypeError(
-                f"register: {unknown[0]!r} is unknown; supports, heuristic, candidates or claim is expected"
-            )
-        where = (_member(Platform, "platform", platform), _member(Backend, "backend", backend))
+            raise TypeError(f"register: {unknown[0]!r} is unknown; one of {', '.join(_FACTS)} is expected")
+        where = _member(Platform, "platform", platform), _member(Backend, "backend", backend)
+        name = algorithm.lower()
 
         def add(kernel: Callable[..., Any]) -> Callable[..., Any]:
-            spec = KernelSpec(*where, algorithm.lower(), kernel, priority)
-            slot = _slot_of(spec, facts) if spec.algorithm == ALGORITHM else None
-            with self._lock:
-                self._specs.append((spec, slot))
-                self._publish()
+            slot = _slot_of(kernel, *where, priority, facts) if name == ALGORITHM else None
+            self._replace(lambda specs: [*specs, KernelSpec(*where, name, kernel, priority, slot)])
             return kernel
 
         return add
 
     def unregister(self, kernel: Callable[..., Any]) -> None:
         """Take a registered kernel out again, wherever it stands."""
-        with self._lock:
-            self._specs = [pair for pair in self._specs if pair[0].implementation is not kernel]
-            self._publish()
+        self._replace(lambda specs: [spec for spec in specs if spec.implementation is not kernel])
 
-    def _publish(self) -> None:
-        registry.publish(tuple(slot for _, slot in self._specs if slot is not None))
+    def _replace(self, change: Callable[[list[KernelSpec]], list[KernelSpec]]) -> None:
+        with self._lock:
+            self._added = change(self._added)
+            registry.added = tuple(spec.slot for spec in self._added if spec.slot is not None)
 
     def get(self, algorithm: str, platform: str | None = None, backend: str | None = None) -> Callable[..., Any]:
         """The preferred kernel for a platform and a chip; without a backend, for the chip JAX runs on.
@@ -120,18 +116,15 @@ class KernelRegistry:
             if wanted in (None, spec.platform) and spec.backend in (Backend.ANY, chip):
                 return spec.implementation
         known = ", ".join(f"{spec.platform}/{spec.backend}" for spec in specs) or "none"
-        wish = f"{algorithm=} has no kernel for {platform=} on {chip}"
-        raise ValueError(f"{wish}; there are: {known}")
+        raise ValueError(f"{algorithm=} has no kernel for {platform=} on {chip}; there are: {known}")
 
     def list_algorithms(self) -> list[str]:
-        return sorted({ALGORITHM, *(spec.algorithm for spec, _ in self._specs)})
+        return sorted({ALGORITHM, *(spec.algorithm for spec in self._added)})
 
     def list_implementations(self, algorithm: str) -> list[KernelSpec]:
         """The kernels of an algorithm, highest priority first."""
-        name = algorithm.lower()
-        specs = [spec for spec, _ in self._specs if spec.algorithm == name]
-        builtin = [_spec_of(slot) for slot in registry.builtin()] if name == ALGORITHM else []
-        return sorted((*builtin, *specs), key=lambda spec: -spec.priority)
+        specs = (*map(_builtin, registry.SLOTS), *self._added)
+        return sorted((spec for spec in specs if spec.algorithm == algorithm.lower()), key=lambda spec: -spec.priority)
 
     def validate_signatures(self, algorithm: str | None = None, verbose: bool = False) -> bool:
         """Whether an algorithm's kernels (all algorithms' without a name) agree in names, kinds and defaults.
@@ -155,11 +148,6 @@ def _member(enum: Any, name: str, value: Any) -> Any:
     raise ValueError(f"{name}={value!r}: one of {', '.join(enum)} is expected")
 
 
-def _spec_of(slot: Slot) -> KernelSpec:
-    chip = Backend.ANY if len(slot.chips) > 1 else Backend(next(iter(slot.chips)))
-    return KernelSpec(Platform(slot.platform), chip, ALGORITHM, _builtin(slot), slot.priority)
-
-
 def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
     ours, theirs = (
         {p.name: f"{p.kind.description} {p}" for p in inspect.signature(spec.implementation).parameters.values()}
@@ -177,8 +165,9 @@ def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
 # ------------------------------------------------------------------ a registered callable as a backend
 
 
-def _slot_of(spec: KernelSpec, facts: dict[str, Any]) -> Slot:
-    kernel = spec.implementation
+def _slot_of(
+    kernel: Callable[..., Any], platform: Platform, backend: Backend, priority: int, facts: dict[str, Any]
+) -> Slot:
     name = f"{kernel.__module__}.{getattr(kernel, '__qualname__', type(kernel).__name__)}"
     parameters = inspect.signature(kernel).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -190,20 +179,16 @@ def _slot_of(spec: KernelSpec, facts: dict[str, Any]) -> Slot:
 
     def supports(signature: Signature, device: Device) -> str | None:
         lacking = [option for option in _used(signature) if not (takes_all or option in parameters)]
-        if lacking:
-            return f"it takes no {lacking[0]}"
-        return facts["supports"](signature, device) if "supports" in facts else None
+        return f"it takes no {lacking[0]}" if lacking else facts.get("supports", lambda *_: None)(signature, device)
 
-    value = Implementation(
-        name,
-        run,
-        supports,
-        facts.get("heuristic", lambda signature, device: RaggedPageAttentionv2Config(platform=spec.platform)),
-        facts.get("candidates", lambda signature, device: ()),
-        facts.get("claim", _default_claim),
-    )
-    chips = _ANY_CHIP if spec.backend is Backend.ANY else (str(spec.backend),)
-    return Slot(name, str(spec.platform), chips, kernel.__module__, spec.priority, value)
+    defaults = {
+        "heuristic": lambda signature, device: RaggedPageAttentionv2Config(platform=platform),
+        "candidates": lambda signature, device: (),
+        "claim": _default_claim,
+    }
+    value = Implementation(name, run, **{**defaults, **facts, "supports": supports})
+    chips = ("cpu", "gpu", "tpu", "mps") if backend is Backend.ANY else (str(backend),)
+    return Slot(name, str(platform), chips, kernel.__module__, priority, value)
 
 
 def _default_claim(signature: Signature, device: Device) -> dict[str, Any]:
@@ -240,17 +225,13 @@ def detect_platform(algorithm: str = ALGORITHM, platform: str | None = "auto") -
         ValueError: there is no such kernel for JAX's default device; the text lists what there is.
     """
     if platform not in (None, "auto"):
-        wanted = _member(Platform, "platform", platform)
-        kernel_registry.get(algorithm, wanted)
-        return wanted
+        kernel_registry.get(algorithm, platform)
+        return Platform(str(platform).lower())
     device = current()
     if algorithm.lower() == ALGORITHM:
         return Platform(registry.able("auto", registry.TYPICAL, device)[0].platform)
-    chips = (Backend.ANY, Backend(device.platform))
-    found = [spec.platform for spec in kernel_registry.list_implementations(algorithm) if spec.backend in chips]
-    if not found:
-        raise ValueError(f"{algorithm=} has no kernel on {device.platform}")
-    return found[0]
+    kernel = kernel_registry.get(algorithm, backend=device.platform)
+    return next(s.platform for s in kernel_registry.list_implementations(algorithm) if s.implementation is kernel)
 
 
 kernel_registry = KernelRegistry()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,20 +48,9 @@ SLOTS = (
 )
 
 
-class Registered:
-    """The kernels that callers added; see `rpa.registered`."""
-
-    slots: tuple[Slot, ...] = ()
-    generation: int = 0  # counts changes, so that a remembered choice can tell that it is stale
-
-
-REGISTERED = Registered()
-
-
-def publish(slots: tuple[Slot, ...]) -> None:
-    """Make these the added kernels."""
-    REGISTERED.slots = slots
-    REGISTERED.generation += 1
+# The kernels that callers registered. `rpa.registered` replaces the tuple whole, so that a remembered choice can tell
+# that it is stale.
+added: tuple[Slot, ...] = ()
 
 
 @functools.cache
@@ -77,18 +65,8 @@ def implementation_of(slot: Slot) -> Implementation:
 
 
 def exists() -> list[Slot]:
-    """The slots that hold a backend, the registered ones included, highest priority first."""
-    return sorted((*builtin(), *REGISTERED.slots), key=lambda slot: -slot.priority)
-
-
-def builtin() -> list[Slot]:
-    """The slots whose module is part of this package."""
-    return [slot for slot in SLOTS if _has_module(slot.module)]
-
-
-@functools.cache
-def _has_module(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    """Every slot, the registered ones included, highest priority first."""
+    return sorted((*SLOTS, *added), key=lambda slot: -slot.priority)
 
 
 # ------------------------------------------------------------------ which backend takes a call

@@ -7,14 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-POLICY_VARIABLES = ("RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY")
+_POLICY = ("RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY")
 POLICIES = ("autotune", "heuristics")
 
 
-def environment() -> tuple[str | None, str | None, str | None]:
+def environment() -> tuple[str | None, ...]:
     """The raw values that selection depends on, cheap enough to compare on every call."""
-    get = os.environ.get
-    return get("RPA_AUTOTUNE_POLICY"), get("EJKERNEL_AUTOTUNE_POLICY"), get("RPA_CACHE_DIR")
+    return tuple(map(os.environ.get, (*_POLICY, "RPA_CACHE_DIR")))
 
 
 def autotune_policy() -> str | None:
@@ -23,7 +22,7 @@ def autotune_policy() -> str | None:
     Raises:
         ValueError: a variable holds anything else; the text names it.
     """
-    for name in POLICY_VARIABLES:
+    for name in _POLICY:
         value = os.environ.get(name)
         if value is None:
             continue

@@ -9,6 +9,7 @@ merge of flash decoding, across devices).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,11 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rpa import api, layout, select
 from rpa import device as devices
 from rpa import validate as rules
-from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
-from rpa.mesh import Axes, Layout, check_mesh, layout_of, local_signature, size_of
+from rpa.mesh import Axes, Layout, edge_signature, layout_of, local_signature
 from rpa.program import compiled
-from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
 
@@ -43,14 +42,19 @@ def program(
     wanted = _out_specs(out_specs, signature)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: api.nothing_to_do(signature)
-    choice = select.choose(local, device, platform, cfg, sharding=plan.label(mesh))
-    sharded = _program(choice.implementation, choice.config, device, signature, plan, mesh, wanted, check_vma)
-    return lambda inputs: sharded(_placed(inputs, signature, plan, mesh))
+    choices = [(local, select.choose(local, device, platform, cfg, sharding=plan.label))]
+    edge = edge_signature(signature, plan)
+    if edge is not None:  # block sizes in pages mean nothing to pages of one slot
+        asked = select.platform_of(platform, cfg)
+        choices.append((edge, select.choose(edge, device, asked, None, sharding=plan.label)))
+    kernels = tuple(compiled(found.implementation, share, found.config, device) for share, found in choices)
+    sharded = _program(signature, plan, kernels, wanted, check_vma)
+    return lambda inputs: sharded(_placed(inputs, signature, plan))
 
 
 def wrapper(arrays: Inputs, options: Any, **over: Any) -> tuple[Any, tuple]:
     """A function of the seven arrays that runs them over the mesh, and the arrays to call it with."""
-    check_mesh(over["mesh"])
+    layout_of(over["mesh"], over["in_specs"])  # what is wrong with them is said now
     *seven, k_scale, v_scale = arrays
 
     def sharded(*given: Any) -> Any:
@@ -75,62 +79,53 @@ def share_of(inputs: Inputs, signature: Signature, mesh: Any, in_specs: Any) -> 
     Raises:
         TypeError, ValueError: the mesh, the specs and the shapes do not fit; the text names the axis.
     """
-    check_mesh(mesh)
     plan = layout_of(mesh, in_specs)
-    local = local_signature(signature, plan, mesh)
     here = devices.describe(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else devices.current(inputs.queries)
-    return local, here, plan
+    return local_signature(signature, plan), here, plan
 
 
 @lru_cache(maxsize=256)
 def _program(
-    implementation: Implementation, config: RaggedPageAttentionv2Config, device: Device, signature: Signature,
-    plan: Layout, mesh: Any, wanted: tuple[Any, Any], check_vma: bool,
-) -> Any:  # fmt: skip
-    """The jitted call over the mesh."""
-    local = local_signature(signature, plan, mesh)
-    kernel = compiled(implementation, local, config, device)
+    signature: Signature, plan: Layout, kernels: tuple[Any, ...], wanted: tuple[Any, Any], check_vma: bool
+) -> Any:
+    """The jitted call over the mesh; `kernels` are those of a device's share and, where there is one, of the edge."""
+    local = local_signature(signature, plan)
+    share = replace(signature, num_q_heads=local.num_q_heads, num_kv_heads=local.num_kv_heads)
+
+    def attend(inputs: Inputs) -> Any:
+        if plan.shards("pages") == 1:
+            return kernels[0](inputs)
+        return _merged_pages(inputs, share, local, plan.pages, kernels)
 
     def body(inputs: Inputs) -> Any:
-        inputs = _own_heads(inputs, signature, local, plan, mesh)
-        share = replace(signature, num_q_heads=local.num_q_heads, num_kv_heads=local.num_kv_heads)
-        if not plan.sequences:
-            return _attend(inputs, share, plan, mesh, local, kernel)
-        owned = _own_sequences(inputs, share, plan.sequences, size_of(mesh, plan.sequences))
-        output, lse = _attend(owned.inputs, share, plan, mesh, local, kernel)
+        inputs = _own_heads(inputs, signature, local, plan)
+        if plan.shards("sequences") == 1:
+            return attend(inputs)
+        owned = _own_sequences(inputs, share, plan.sequences, plan.shards("sequences"))
+        output, lse = attend(owned.inputs)
         return _together(output, lse, owned, plan.sequences)
 
-    specs, out_specs = _specs(signature, plan, mesh), _natural(plan, signature)
-    sharded = jax.shard_map(body, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=check_vma)
+    heads = plan.heads or None
+    natural = PartitionSpec(None, heads, None), PartitionSpec(None, heads) if signature.return_lse else None
+    sharded = jax.shard_map(
+        body, mesh=plan.mesh, in_specs=(_specs(signature, plan),), out_specs=natural, check_vma=check_vma
+    )
 
     def over_mesh(inputs: Inputs) -> Any:
-        found = sharded(inputs)
-        return tuple(_constrained(array, spec, mesh) for array, spec in zip(found, wanted, strict=True))
+        return tuple(
+            array if spec is None else lax.with_sharding_constraint(array, NamedSharding(plan.mesh, spec))
+            for array, spec in zip(sharded(inputs), wanted, strict=True)
+        )
 
     return jax.jit(over_mesh)
 
 
-def _constrained(array: Any, spec: Any, mesh: Any) -> Any:
-    return array if spec is None else lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
-
-
-def _part(axes: Axes) -> Any:
-    return axes or None
-
-
-def _natural(plan: Layout, signature: Signature) -> tuple[Any, Any]:
-    heads = _part(plan.heads)
-    return PartitionSpec(None, heads, None), PartitionSpec(None, heads) if signature.return_lse else None
-
-
-def _specs(signature: Signature, plan: Layout, mesh: Any) -> Inputs:
+def _specs(signature: Signature, plan: Layout) -> Inputs:
     """How the arrays lie on the mesh; metadata, and kv heads too few to split, lie whole on every device."""
-    heads, whole = _part(plan.heads), PartitionSpec()
-    kv = heads if signature.num_kv_heads % size_of(mesh, plan.heads) == 0 else None
+    heads, pages, whole = plan.heads or None, plan.pages or None, PartitionSpec()
+    kv = heads if signature.num_kv_heads % plan.shards("heads") == 0 else None
     specs: tuple[Any, ...] = (
-        PartitionSpec(None, heads, None),
-        PartitionSpec(_part(plan.pages), None, kv, None),
-        whole, whole, whole, whole,
+        PartitionSpec(None, heads, None), PartitionSpec(pages, None, kv, None), whole, whole, whole, whole,
         PartitionSpec(heads) if signature.sinks else None,
         PartitionSpec(kv) if signature.k_scale else None,
         PartitionSpec(kv) if signature.v_scale else None,
@@ -138,12 +133,11 @@ def _specs(signature: Signature, plan: Layout, mesh: Any) -> Inputs:
     return Inputs(*specs)
 
 
-def _placed(inputs: Inputs, signature: Signature, plan: Layout, mesh: Any) -> Inputs:
+def _placed(inputs: Inputs, signature: Signature, plan: Layout) -> Inputs:
     """Concrete arrays where the program wants them; a traced call leaves that to the compiler."""
-    if not isinstance(mesh, Mesh) or any(rules.is_traced(array) for array in inputs):
+    if not isinstance(plan.mesh, Mesh) or any(rules.is_traced(array) for array in inputs):
         return inputs
-    specs = _specs(signature, plan, mesh)
-    return Inputs(*(_put(array, spec, mesh) for array, spec in zip(inputs, specs, strict=True)))
+    return Inputs(*(_put(array, spec, plan.mesh) for array, spec in zip(inputs, _specs(signature, plan), strict=True)))
 
 
 def _put(array: Any, spec: Any, mesh: Mesh) -> Any:
@@ -156,9 +150,9 @@ def _put(array: Any, spec: Any, mesh: Mesh) -> Any:
     return jax.device_put(array, sharding)
 
 
-def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Layout, mesh: Any) -> Inputs:
+def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Layout) -> Inputs:
     """Where kv heads lie whole on every device, take the one that this device's query heads read."""
-    if signature.num_kv_heads % size_of(mesh, plan.heads) == 0:
+    if signature.num_kv_heads % plan.shards("heads") == 0:
         return inputs
     head = lax.axis_index(plan.heads) * local.num_q_heads // signature.group
     pages = lax.dynamic_slice_in_dim(inputs.kv_pages, 2 * head, 2, axis=2)
@@ -167,12 +161,6 @@ def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Lay
         return None if scale is None else lax.dynamic_slice_in_dim(scale, head, 1)
 
     return inputs._replace(kv_pages=pages, k_scale=one(inputs.k_scale), v_scale=one(inputs.v_scale))
-
-
-def _attend(inputs: Inputs, share: Signature, plan: Layout, mesh: Any, local: Signature, kernel: Any) -> Any:
-    if size_of(mesh, plan.pages) == 1:
-        return kernel(inputs)
-    return _merged_pages(inputs, share, plan.pages, local, kernel)
 
 
 # ------------------------------------------------------------------ sequences
@@ -227,16 +215,18 @@ def _together(output: Any, lse: Any, owned: Owned, axes: Axes) -> tuple[Any, Any
 # ------------------------------------------------------------------ pages
 
 
-def _merged_pages(inputs: Inputs, share: Signature, axes: Axes, local: Signature, kernel: Any) -> tuple[Any, Any]:
-    """Attend to this device's pages, and weigh the devices' answers by their LSE."""
+def _merged_pages(inputs: Inputs, share: Signature, local: Signature, axes: Axes, kernels: Any) -> tuple[Any, Any]:
+    """Attend to this device's pages, and weigh the parts of all devices by their LSE."""
     ragged = layout.sanitize(inputs, share)
-    rows = _rows_over_local_pages(inputs, ragged, share, axes, local)
-    part, part_lse = kernel(rows)  # f32 [T, Hq, D], [T, Hq]
+    calls = _rows_over_local_pages(inputs, ragged, share, local, lax.axis_index(axes) * local.num_pages)
+    found = [kernel(call) for kernel, call in zip(kernels, calls, strict=False)]  # without a window there is no edge
+    parts, lses = (jnp.stack(arrays) for arrays in zip(*found, strict=True))  # f32 [calls, T, Hq, D], [calls, T, Hq]
     sinks = -jnp.inf if inputs.softmax_aux is None else inputs.softmax_aux
-    top = jnp.maximum(lax.pmax(part_lse, axes), sinks)
+    top = jnp.maximum(lax.pmax(jnp.max(lses, axis=0), axes), sinks)
     top = jnp.where(jnp.isfinite(top), top, 0)
-    weight = jnp.exp(part_lse - top)[..., None]
-    sums = lax.psum(jnp.concatenate([weight * part, weight], axis=-1), axes)  # one exchange for both
+    weight = jnp.exp(lses - top)[..., None]
+    sums = jnp.sum(jnp.concatenate([weight * parts, weight], axis=-1), axis=0)
+    sums = lax.psum(sums, axes)  # one exchange for both
     total = sums[..., -1] + jnp.exp(sinks - top)
     output = sums[..., :-1] / jnp.where(total > 0, total, 1)[..., None]
     lse = (top + jnp.log(total)) if share.return_lse else None
@@ -244,11 +234,14 @@ def _merged_pages(inputs: Inputs, share: Signature, axes: Axes, local: Signature
 
 
 def _rows_over_local_pages(
-    inputs: Inputs, ragged: layout.Ragged, share: Signature, axes: Axes, local: Signature
-) -> Inputs:
-    """Each query row as a sequence of one query over the pages of this device, in their order."""
-    base = lax.axis_index(axes) * local.num_pages
-    tables = inputs.block_tables
+    inputs: Inputs, ragged: layout.Ragged, share: Signature, local: Signature, base: Any
+) -> Iterator[Inputs]:
+    """Each query row as a sequence of one query over the keys that this device holds, in their order.
+
+    The first call is over whole pages, the second over the slots of the page inside which the row's window starts
+    (`mesh.edge_signature`). Positions are global; only what ends up in the tables is this device's.
+    """
+    page, tables = share.page_size, inputs.block_tables
     here = (tables >= base) & (tables < base + local.num_pages)  # [S, pages_per_seq]
     before = jnp.cumsum(here, axis=1) - here  # pages of this device before each logical page
     place = jnp.where(here, before, share.pages_per_seq)  # past the end: dropped
@@ -258,14 +251,25 @@ def _rows_over_local_pages(
     sequence = jnp.clip(jnp.searchsorted(offsets[1:], row, side="right"), 0, share.max_seqs - 1)
     position = ragged.context[sequence] - ragged.stop[sequence] + row
     sees = (row >= ragged.start[sequence]) & (row < ragged.stop[sequence]) & (position >= 0)
-    page = jnp.clip(position // share.page_size, 0, share.pages_per_seq - 1)
-    keys = before[sequence, page] * share.page_size
-    keys += jnp.where(here[sequence, page], position % share.page_size + 1, 0)
-    return inputs._replace(
-        queries=inputs.queries.astype(local.q_dtype),
-        context_lens=jnp.where(sees, keys, 0).astype(jnp.int32),
-        block_tables=compact[sequence],
+    low, high = layout.visible(jnp.maximum(position, 0), None, share.sliding_window)
+    first, last = -(-low // page), (high - 1) // page  # the window's first whole page, and its last
+    own = inputs._replace(
+        queries=inputs.queries.astype(local.q_dtype), softmax_aux=None,
         query_start_loc=jnp.arange(share.num_tokens + 1, dtype=jnp.int32),
         num_seqs=jnp.full(1, share.num_tokens, jnp.int32),
-        softmax_aux=None,
+    )  # fmt: skip
+
+    skipped = before[sequence, jnp.minimum(first, share.pages_per_seq - 1)]
+    keys = (before[sequence, last] - skipped) * page + jnp.where(here[sequence, last], (high - 1) % page + 1, 0)
+    columns = skipped[:, None] + jnp.arange(local.pages_per_seq)
+    yield own._replace(
+        context_lens=jnp.where(sees & (first <= last), keys, 0).astype(jnp.int32),
+        block_tables=compact[sequence[:, None], jnp.minimum(columns, share.pages_per_seq - 1)],
+    )
+    keys = jnp.where(here[sequence, low // page], jnp.minimum(first * page, high) - low, 0)
+    slots = (tables[sequence, low // page] - base) * page + low % page
+    yield own._replace(
+        kv_pages=inputs.kv_pages.reshape(-1, 1, *inputs.kv_pages.shape[2:]),
+        context_lens=jnp.where(sees, keys, 0).astype(jnp.int32),
+        block_tables=slots[:, None] + jnp.arange(max(page - 1, 1)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,13 +17,7 @@ import jax
 from rpa.program import Program
 
 VERIFIERS = "rpa.verifier"  # the entry point group in which a judge is found
-_EXHAUSTED = (
-    "RESOURCE_EXHAUSTED",
-    "out of resource",
-    "OutOfResources",
-    "shared memory",
-    "too many resources",
-)
+_EXHAUSTED = ("resource_exhausted", "out of resource", "outofresources", "shared memory", "too many resources")
 
 # A verifier says why a program's output for some arguments is wrong, or None.
 Verifier = Callable[[Any, tuple[Any, ...], Any], str | None]
@@ -41,6 +35,7 @@ class Trial:
     status: str = "waiting"  # "timed", "duplicate", "wrong", "failed", "hopeless", "out of resources" or "of budget"
     detail: str = ""
     program: Any = None  # compiled
+    text: str | None = None  # lowered, once it ran
     warm: float = float("inf")  # seconds of one call after the first
     seconds: list[float] = field(default_factory=list)  # one sample a round
 
@@ -58,8 +53,7 @@ class Report:
     trials: tuple[Trial, ...]
 
     def counts(self) -> dict[str, int]:
-        found = [trial.status for trial in self.trials]
-        return {status: found.count(status) for status in dict.fromkeys(found)}
+        return dict(Counter(trial.status for trial in self.trials))
 
 
 class Tuner:
@@ -123,47 +117,42 @@ class Tuner:
         Raises:
             TuningFailed: no candidate compiles, runs and is right.
         """
-        started = self._clock()
+        started, args = self._clock(), tuple(args)
         trials = [Trial(config) for config in candidates]
-        texts: dict[str, Any] = {}  # lowered text -> config
         for trial in self._progress(trials, "judging"):
-            late = texts and self._clock() - started > self.budget / 2
-            trial.status, trial.detail = (
-                ("out of budget", "no time was left to compile it")
-                if late
-                else self._admit(trial, trials, make_fn(trial.config), tuple(args), kwargs, texts)
-            )
+            if self._clock() - started > self.budget / 2 and any(other.text for other in trials):
+                trial.status, trial.detail = "out of budget", "no time was left to compile it"
+            else:
+                trial.status, trial.detail = self._admit(trial, trials, make_fn(trial.config), args, kwargs)
         alive = [trial for trial in trials if trial.status == "timed"]
         if not alive:
             raise TuningFailed("\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates")
         with self._exclusive():
-            self._time(alive, tuple(args), kwargs, started)
-        report = self._decide(trials)
+            self._time(alive, args, kwargs, started)
+        report = _decided(trials, self.margin)
         self.history.append(report)
         return report.winner
 
-    def _admit(
-        self, trial: Trial, trials: list[Trial], fn: Any, args: tuple, kwargs: dict, texts: dict[str, Any]
-    ) -> tuple[str, str]:
+    def _admit(self, trial: Trial, trials: list[Trial], fn: Any, args: tuple, kwargs: dict) -> tuple[str, str]:
         """Compile, compare with what is there already, run and judge one candidate: its status and the reason."""
         try:
             lowered = _jitted(fn).lower(*args, **kwargs)
             text = lowered.as_text().replace(getattr(fn, "label", "\0"), "")  # the label names the config
-            if text in texts:
-                return "duplicate", f"lowers to the same program as {texts[text]}"
+            same = next((other.config for other in trials if other.text == text), None)
+            if same is not None:
+                return "duplicate", f"lowers to the same program as {same}"
             trial.program = lowered.compile()
             fastest = min((other.warm for other in trials if other.status == "timed"), default=float("inf"))
             with self._exclusive():
                 output = self._warm(trial, args, kwargs, 10 * fastest)
             if output is None:
                 return "hopeless", f"one call took {trial.warm:.3g} s, ten times as long as another's"
-            judged = isinstance(fn, Program) or self._verify is not None
-            wrong = self.verify(fn, args, output) if judged and self.verify is not None else None
+            verify = self.verify if isinstance(fn, Program) else self._verify
+            wrong = verify(fn, args, output) if verify is not None else None
         except Exception as error:  # one candidate's failure must not end the search; it is shown, not swallowed
             text = f"{type(error).__name__}: {error}"
-            exhausted = any(sign.lower() in text.lower() for sign in _EXHAUSTED)
-            return ("out of resources" if exhausted else "failed"), text
-        texts[text] = trial.config
+            return ("out of resources" if any(sign in text.lower() for sign in _EXHAUSTED) else "failed"), text
+        trial.text = text
         return ("timed", "") if wrong is None else ("wrong", wrong)
 
     def _time(self, alive: list[Trial], args: tuple, kwargs: dict, started: float) -> None:
@@ -199,18 +188,19 @@ class Tuner:
         jax.block_until_ready(outputs)
         return (self._clock() - started) / len(batches)
 
-    def _decide(self, trials: list[Trial]) -> Report:
-        timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
-        first, best = timed[0], min(timed, key=lambda trial: trial.median)
-        gain, noise = _gain(first, best)
-        needed = self.margin + noise
-        winner = best if gain > needed else first
-        text = f"{winner.median * 1e6:.1f} us, best of {len(timed)} timed"
-        if winner is first and best is not first:
-            text += f"; the fastest gained {gain:.1%}, and {needed:.1%} are needed past the noise"
-        elif winner is not first:
-            text += f", {gain:.1%} faster than the heuristic"
-        return Report(winner.config, f"tuned: {text}", tuple(trials))
+
+def _decided(trials: list[Trial], margin: float) -> Report:
+    """The fastest, where it beats the first by more than margin and noise."""
+    timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
+    first, best = timed[0], min(timed, key=lambda trial: trial.median)
+    gain, noise = _gain(first, best)
+    winner = best if gain > margin + noise else first
+    text = f"{winner.median * 1e6:.1f} us, best of {len(timed)} timed"
+    if winner is not first:
+        text += f", {gain:.1%} faster than the heuristic"
+    elif best is not first:
+        text += f"; the fastest gained {gain:.1%}, and {margin + noise:.1%} are needed past the noise"
+    return Report(winner.config, f"tuned: {text}", tuple(trials))
 
 
 def _gain(first: Trial, best: Trial) -> tuple[float, float]:
@@ -220,12 +210,6 @@ def _gain(first: Trial, best: Trial) -> tuple[float, float]:
         return statistics.median(ratios) - 1, max(ratios) - min(ratios)
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle - 1, high - low
-
-
-def verdict(tuner: Any, winner: Any) -> str:
-    """Why `tuner` chose `winner`, as far as it says."""
-    history = getattr(tuner, "history", None)
-    return history[-1].reason if history and history[-1].winner == winner else "tuned just now"
 
 
 def why_not(tuner: Any) -> str | None:

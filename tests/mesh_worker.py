@@ -24,6 +24,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from oracle import Case, Claim, judge
+from oracle.poison import nan_fill
 from rpa import api, ragged_page_attention_v2, registry
 from rpa.device import current
 from rpa.mesh import layout_of, local_signature
@@ -81,7 +82,7 @@ def claim_for(arrays: tuple, options: dict[str, Any], mesh: Mesh, specs: Any) ->
     statics = tuple(options.get(name, False if name in ("optimized", "return_lse") else None) for name in OPTIONS)
     _, signature = api.prepare(full, statics, False)
     plan = layout_of(mesh, specs)
-    local = local_signature(signature, plan, mesh)
+    local = local_signature(signature, plan)
     implementation, _ = registry.resolve("auto", local, current())
     claim = implementation.claim(signature if not plan.pages else local, current())
     output = implementation.claim(signature, current())
@@ -93,6 +94,9 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     shape = scenario["mesh"]
     sizes = tuple(shape.values())
     mesh = Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), tuple(shape))
+    if scenario.get("poison"):  # what no row sees may hold anything
+        clean = Case(*arrays, **{**options, "compute_dtype": jnp.dtype(options["compute_dtype"]).name})
+        arrays = (arrays[0], nan_fill(clean).kv_pages, *arrays[2:])
     specs = scenario.get("specs")
     specs = specs and tuple(PartitionSpec(*spec) for spec in specs)
     try:
@@ -106,8 +110,7 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     nans = bool(np.array_equal(np.isnan(got[0].astype(np.float32)), np.isnan(one[0].astype(np.float32))))
     if scenario.get("spoil"):
         return {"bits": bits, "nans": nans, "some": bool(np.isnan(got[0].astype(np.float32)).any())}
-    names = {"compute_dtype": jnp.dtype(options["compute_dtype"]).name}
-    case = Case(*arrays[:2], *arrays[2:], **{**options, **names})
+    case = Case(*arrays, **{**options, "compute_dtype": jnp.dtype(options["compute_dtype"]).name})
     verdict = judge(case, got[0], claim_for(arrays, options, mesh, specs), got[1])
     return {"bits": bits, "nans": nans, "text": f"{verdict.status} {verdict.text}", "ratio": verdict.ratio}
 

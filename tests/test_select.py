@@ -30,8 +30,9 @@ from rpa import (
     registry,
     select,
 )
+from rpa.chain import Query
 from rpa.device import Device
-from rpa.select import Query, stem
+from rpa.select import stem
 from rpa.tune import TuningFailed
 
 STAGES = ("explicit", "overlay", "memory", "persistent", "shipped", "autotune", "heuristic")
@@ -60,10 +61,13 @@ class FakeTuner:
         return self.answer
 
 
+GPU = Device("gpu", "chip")
+
+
 def _query(**changes) -> Query:
     plain = Query(
-        op="op@0", device="chip", stem="tokens<=8", heuristic=lambda: CFGS["heuristic"], candidates=list,
-        program=lambda config: lambda: config, accelerator=True,
+        op="op@0", device=GPU, stems=("tokens<=8",), heuristic=lambda: CFGS["heuristic"], candidates=list,
+        program=lambda config: lambda: config,
     )  # fmt: skip
     return replace(plain, **changes)
 
@@ -140,7 +144,7 @@ def test_persisting_can_be_switched_off(tmp_path):
 def test_a_stored_config_that_cannot_be_used_here_is_passed_over(tmp_path):
     chain = _chain(tmp_path)
     chain.cache.put(*_query().triple, CFGS["memory"])
-    found = chain.find(_query(refuse=lambda cfg: "too wide" if cfg == CFGS["memory"] else None))
+    found = chain.find(_query(fit=lambda cfg: (None, "too wide") if cfg == CFGS["memory"] else (cfg, "")))
     assert found.source == "autotune"
     assert ("memory", "its config cannot be used here: too wide") in found.trail
 
@@ -185,7 +189,8 @@ def test_the_environment_decides_a_miss_where_the_policy_leaves_it(
 ):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert _chain(tmp_path).find(_query(accelerator=accelerator)).source == source
+    device = replace(GPU, interpreted=not accelerator)
+    assert _chain(tmp_path).find(_query(device=device)).source == source
 
 
 @pytest.mark.parametrize("name", ["RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY"])

@@ -26,7 +26,7 @@ P = PartitionSpec
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fewer kv heads than shards": {"mesh": {"tp": 8}, "hkv": 2, "int8": True},
     "sequences": {"mesh": {"data": 8}},
-    "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0}},
+    "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0, "sliding_window": 6}},
     "inside jit, spoiled, sequences": {
         "mesh": {"data": 4}, "jit": True,
         "spoil": [["context_lens", 1, 10**6], ["block_tables", [4, 0], -7], ["context_lens", 3, -1]],
@@ -45,6 +45,28 @@ SLOW: dict[str, dict[str, Any]] = {
     "one by eight": {"mesh": {"data": 1, "model": 8}, "hq": 16, "hkv": 8},
     "eight by one": {"mesh": {"x": 8, "y": 1}},
     "names nobody knows": {"mesh": {"x": 2, "y": 4}},
+    "pages without a window": {"mesh": {"tp": 2, "cp": 4}, "options": {"logits_soft_cap": 5.0}},
+    **{
+        f"pages under a window of {window}": {"mesh": {"pages": 4}, "options": {"sliding_window": window}}
+        for window in (1, 3, 8, 21)  # within a page, of whole pages, of pages and some slots
+    },
+    "pages under a window, in bf16": {
+        "mesh": {"cp": 8}, "dtype": "bfloat16", "sinks": False, "options": {"sliding_window": 10}, "poison": True,
+    },
+    "pages of one slot under a window": {
+        "mesh": {"pages": 4}, "page": 1, "pps": 32, "pool": 224, "options": {"sliding_window": 7},
+    },
+    "scaled pages under a window, heads copied": {
+        "mesh": {"tp": 4, "cp": 2}, "hkv": 2, "int8": True, "options": {"sliding_window": 9},
+    },
+    "a window far into one long context": {
+        "mesh": {"pages": 8}, "queries": [5], "contexts": [1000], "pps": 256, "pool": 256,
+        "options": {"sliding_window": 100},
+    },
+    "pages under a window, spoiled": {
+        "mesh": {"dp": 2, "cp": 4}, "jit": True, "options": {"sliding_window": 6},
+        "spoil": [["block_tables", [4, 6], -7], ["block_tables", [0, 0], 10**6], ["context_lens", 3, -1]],
+    },
     "pages and sequences": {"mesh": {"dp": 2, "pages": 4}, "queries": [1, 1, 1], "contexts": [32, 1, 17]},
     "one long context": {"mesh": {"pages": 8}, "queries": [1], "contexts": [1000], "pps": 256, "pool": 256},
     "a chunk on a long context": {"mesh": {"pages": 8}, "queries": [9], "contexts": [300], "pps": 80, "pool": 80},
@@ -152,18 +174,18 @@ def _mesh(**axes: int) -> AbstractMesh:
 @pytest.mark.parametrize(
     ("mesh", "layout"),
     [
-        (_mesh(tp=4), Layout(heads=("tp",))),
-        (_mesh(x=4), Layout(heads=("x",))),
-        (_mesh(data=2, model=4), Layout(heads=("model",), sequences=("data",))),
-        (_mesh(model=4, data=2), Layout(heads=("model",), sequences=("data",))),
-        (_mesh(x=2, y=4), Layout(heads=("y",), sequences=("x",))),
-        (_mesh(data=8), Layout(sequences=("data",))),
-        (_mesh(pages=2, tp=2), Layout(heads=("tp",), pages=("pages",))),
-        (_mesh(x=2, y=2, z=2), Layout(heads=("z",), sequences=("x",), pages=("y",))),
+        (_mesh(tp=4), Layout(None, heads=("tp",))),
+        (_mesh(x=4), Layout(None, heads=("x",))),
+        (_mesh(data=2, model=4), Layout(None, heads=("model",), sequences=("data",))),
+        (_mesh(model=4, data=2), Layout(None, heads=("model",), sequences=("data",))),
+        (_mesh(x=2, y=4), Layout(None, heads=("y",), sequences=("x",))),
+        (_mesh(data=8), Layout(None, sequences=("data",))),
+        (_mesh(pages=2, tp=2), Layout(None, heads=("tp",), pages=("pages",))),
+        (_mesh(x=2, y=2, z=2), Layout(None, heads=("z",), sequences=("x",), pages=("y",))),
     ],
 )
 def test_a_mesh_alone_says_what_its_axes_split(mesh, layout):
-    assert layout_of(mesh) == layout
+    assert layout_of(mesh) == replace(layout, mesh=mesh)
 
 
 HEADS = (P(None, "tp", None), P(None, None, "tp", None), P(), P(), P(), P())
@@ -172,17 +194,18 @@ HEADS = (P(None, "tp", None), P(None, None, "tp", None), P(), P(), P(), P())
 @pytest.mark.parametrize(
     ("specs", "layout"),
     [
-        (HEADS, Layout(heads=("tp",))),
-        ((*HEADS, P("tp")), Layout(heads=("tp",))),
-        ((*HEADS, None), Layout(heads=("tp",))),
-        ((P(None, "tp"), P(), None, None, None, None), Layout(heads=("tp",))),
-        ((P(), P("tp"), P("dp"), P("dp"), P(), P()), Layout(sequences=("dp",), pages=("tp",))),
-        ((P(None, ("dp", "tp")), P(), P(), P(), P(), P()), Layout(heads=("dp", "tp"))),
-        ((P(),) * 7, Layout()),
+        (HEADS, Layout(None, heads=("tp",))),
+        ((*HEADS, P("tp")), Layout(None, heads=("tp",))),
+        ((*HEADS, None), Layout(None, heads=("tp",))),
+        ((P(None, "tp"), P(), None, None, None, None), Layout(None, heads=("tp",))),
+        ((P(), P("tp"), P("dp"), P("dp"), P(), P()), Layout(None, sequences=("dp",), pages=("tp",))),
+        ((P(None, ("dp", "tp")), P(), P(), P(), P(), P()), Layout(None, heads=("dp", "tp"))),
+        ((P(),) * 7, Layout(None)),
     ],
 )
 def test_specs_say_what_the_axes_split(specs, layout):
-    assert layout_of(_mesh(dp=2, tp=2), specs) == layout
+    mesh = _mesh(dp=2, tp=2)
+    assert layout_of(mesh, specs) == replace(layout, mesh=mesh)
 
 
 @pytest.mark.parametrize(
@@ -223,23 +246,22 @@ def test_specs_that_cannot_be_are_named(specs, error, text):
             "mesh axis 'tp' of size 4 does not divide the 6 kv heads",
         ),
         ({"pages": 3}, {}, "mesh axis 'pages' of size 3 does not divide the 1024 pages"),
-        ({"pages": 2}, {"sliding_window": 8}, "sliding_window=8: pages cannot be split"),
     ],
 )
 def test_an_axis_that_does_not_divide_is_named(axes, changes, text):
     mesh = _mesh(**axes)
     with pytest.raises(ValueError, match="mesh axis") as caught:
-        local_signature(replace(registry.TYPICAL, **changes), layout_of(mesh), mesh)
+        local_signature(replace(registry.TYPICAL, **changes), layout_of(mesh))
     assert text in str(caught.value)
 
 
 def test_shares_add_up_to_the_whole():
     mesh = _mesh(dp=2, tp=4, cp=2)
-    local = local_signature(registry.TYPICAL, layout_of(mesh), mesh)
+    local = local_signature(registry.TYPICAL, layout_of(mesh))
     assert (local.num_q_heads, local.num_kv_heads, local.num_pages) == (8, 2, 512)
     assert (local.max_seqs, local.return_lse, local.q_dtype) == (local.num_tokens, True, "float32")
     many = _mesh(tp=32)
-    local = local_signature(registry.TYPICAL, layout_of(many), many)
+    local = local_signature(registry.TYPICAL, layout_of(many))
     assert (local.num_q_heads, local.num_kv_heads) == (1, 1)
     with pytest.raises(ValueError, match="'z' has nothing left to split"):
         layout_of(_mesh(x=1, y=1, z=1, w=1))

@@ -198,10 +198,10 @@ def export(file: _File) -> None:
 def import_(file: _File) -> None:
     """Add the configs of an exported file to the store; those of the same key win over what is there."""
     from rpa import RaggedPageAttentionv2Config
-    from rpa.cache import parse
+    from rpa.cache import read
 
     try:
-        entries = parse(file.read_text(encoding="utf-8"))
+        entries = read(file)
         for key, entry in entries.items():
             if key.count("|") < 2 or not isinstance(entry, dict):
                 raise ValueError(f"{key!r} is no entry of a store")
