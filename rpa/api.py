@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpa import device as devices
-from rpa import select
+from rpa import select, shard
 from rpa import validate as rules
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.program import compiled
+from rpa.program import compiled, nothing_to_do
 from rpa.signature import Inputs, Signature
 
 
@@ -121,8 +121,6 @@ def call(
 def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over: Any) -> tuple[Any, bool]:
     """Select: what computes a validated call, `Inputs -> (output, lse)`, and whether it will do for its likes."""
     if over is not None:
-        from rpa import shard
-
         return shard.program(inputs, signature, platform, cfg, *over), True
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: nothing_to_do(signature), True
@@ -188,8 +186,6 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
     device, sharding = devices.current(inputs.queries), "none"
     check_config(given.get("cfg"))
     if any(given.get(name) is not None for name in ("mesh", "in_specs", "out_specs")):
-        from rpa import shard
-
         signature, device, layout = shard.share_of(inputs, signature, given.get("mesh"), given.get("in_specs"))
         sharding = layout.label
     return {
@@ -205,13 +201,6 @@ def described(given: Mapping[str, Any]) -> dict[str, Any]:
 def concrete(inputs: Inputs) -> Inputs | None:
     """The arrays where a tuner could run on them; inside jit there are none."""
     return None if any(rules.is_traced(array) for array in inputs) else inputs
-
-
-def nothing_to_do(signature: Signature) -> tuple[Any, Any]:
-    """The answer where there is no row or no sequence: every row is nobody's."""
-    shape = (signature.num_tokens, signature.num_q_heads)
-    output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
-    return output, jnp.full(shape, -jnp.inf, jnp.float32) if signature.return_lse else None
 
 
 def check_config(cfg: Any) -> Any:
@@ -271,7 +260,7 @@ def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
             array = isinstance(value, jax.Array) and not rules.is_traced(value)
             kind = _KINDS[type(value)] = _DEVICE if array else _OTHER
         if kind == _DEVICE:
-            facts += value.shape, value.dtype
+            facts.append(value.aval)  # shape and dtype, and it remembers its hash
         elif kind == _HOST and value.ndim and i < 6:  # scales on the host are checked at every call
             facts += value.shape, value.dtype, "host"
         elif kind == _SCALAR:

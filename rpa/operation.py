@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rpa import api, registry, select, shard
+from rpa import api, registry, select
 from rpa.chain import Query
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.kernel import Invocation, Kernel
+from rpa.mesh import layout_of
 from rpa.registered import detect_platform, kernel_registry
 from rpa.signature import Inputs
 
@@ -43,7 +44,13 @@ class RaggedPageAttentionv2(Kernel):
         """`(fn, call_args)`: `fn(*call_args)` is the call over the mesh, and `fn` takes the seven arrays."""
         arrays = Inputs(*map(call.pop, Inputs._fields))
         options = api.Options(*map(call.pop, api.Options._fields))
-        return shard.wrapper(arrays, options, **call)
+        layout_of(call["mesh"], call["in_specs"])  # what is wrong with them is said now
+        *seven, k_scale, v_scale = arrays
+
+        def sharded(*given: Any) -> Any:
+            return api.call(Inputs(*given, k_scale=k_scale, v_scale=v_scale), options, **call)
+
+        return sharded, tuple(seven)
 
     def get_impl(self, cfg: RaggedPageAttentionv2Config) -> Callable[..., Any]:
         """The kernel a config names, as a callable with the operation's keyword arguments.

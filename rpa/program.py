@@ -69,6 +69,13 @@ def _in_form(inputs: Inputs, signature: Signature) -> Inputs:
     )
 
 
+def nothing_to_do(signature: Signature) -> tuple[Any, Any]:
+    """The answer where there is no row or no sequence: every row is nobody's."""
+    shape = (signature.num_tokens, signature.num_q_heads)
+    output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
+    return output, jnp.full(shape, -jnp.inf, jnp.float32) if signature.return_lse else None
+
+
 @dataclass(frozen=True)
 class Program:
     """One candidate of a tuning run: callable on `Inputs`, and able to say what it promises."""

@@ -20,12 +20,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rpa import api, layout, select
 from rpa import device as devices
+from rpa import layout, select
 from rpa import validate as rules
 from rpa.device import Device
 from rpa.mesh import Axes, Layout, edge_signature, layout_of, local_signature
-from rpa.program import compiled
+from rpa.program import compiled, nothing_to_do
 from rpa.signature import Inputs, Signature
 
 
@@ -41,7 +41,7 @@ def program(
     local, device, plan = share_of(inputs, signature, mesh, in_specs)
     wanted = _out_specs(out_specs, signature)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
-        return lambda inputs: api.nothing_to_do(signature)
+        return lambda inputs: nothing_to_do(signature)
     choices = [(local, select.choose(local, device, platform, cfg, sharding=plan.label))]
     edge = edge_signature(signature, plan)
     if edge is not None:  # block sizes in pages mean nothing to pages of one slot
@@ -50,17 +50,6 @@ def program(
     kernels = tuple(compiled(found.implementation, share, found.config, device) for share, found in choices)
     sharded = _program(signature, plan, kernels, wanted, check_vma)
     return lambda inputs: sharded(_placed(inputs, signature, plan))
-
-
-def wrapper(arrays: Inputs, options: Any, **over: Any) -> tuple[Any, tuple]:
-    """A function of the seven arrays that runs them over the mesh, and the arrays to call it with."""
-    layout_of(over["mesh"], over["in_specs"])  # what is wrong with them is said now
-    *seven, k_scale, v_scale = arrays
-
-    def sharded(*given: Any) -> Any:
-        return api.call(Inputs(*given, k_scale=k_scale, v_scale=v_scale), options, **over)
-
-    return sharded, tuple(seven)
 
 
 def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -56,6 +56,7 @@ class Report:
         return dict(Counter(trial.status for trial in self.trials))
 
 
+@dataclass(eq=False)
 class Tuner:
     """Times candidates and keeps the first one unless another is right and clearly faster.
 
@@ -73,30 +74,21 @@ class Tuner:
         clock: seconds, for tests.
     """
 
-    def __init__(
-        self,
-        warmup: int = 5,
-        iters: int = 100,
-        *,
-        verify: Verifier | None = None,
-        margin: float = 0.02,
-        budget: float = 60.0,
-        progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
-        turns: Sequence[tuple[Any, ...]] = (),
-        exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        if warmup < 0 or iters < 1:
-            raise ValueError(f"warmup={warmup}, iters={iters}: at least 0 and 1 are expected")
-        self.warmup, self.iters, self.margin, self.budget = warmup, iters, margin, budget
-        self.history: deque[Report] = deque(maxlen=64)
-        self._verify = verify
-        self._progress = progress or (lambda items, text: items)
-        self._turns, self._exclusive, self._clock = turns, exclusive, clock
+    warmup: int = 5
+    iters: int = 100
+    _: KW_ONLY
+    verify: Verifier | None = None
+    margin: float = 0.02
+    budget: float = 60.0
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, text: items
+    turns: Sequence[tuple[Any, ...]] = ()
+    exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext
+    clock: Callable[[], float] = time.perf_counter
+    history: deque[Report] = field(default_factory=lambda: deque(maxlen=64), init=False)
 
-    @property
-    def verify(self) -> Verifier | None:
-        return self._verify or installed_verifier()
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.iters < 1:
+            raise ValueError(f"warmup={self.warmup}, iters={self.iters}: at least 0 and 1 are expected")
 
     def measure(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Median seconds of one call of `fn`, compiled first; on a GPU the time its kernels take there."""
@@ -106,28 +98,24 @@ class Tuner:
         return statistics.median(self._sample(trial.program, [args] * calls, kwargs) for _ in range(rounds))
 
     def autotune(
-        self,
-        make_fn: Callable[[Any], Callable[..., Any]],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        candidates: Iterable[Any],
+        self, make_fn: Callable[[Any], Any], args: Sequence[Any], kwargs: dict[str, Any], candidates: Iterable[Any]
     ) -> Any:
         """The best of `candidates`; the first is the one to beat. The whole report is appended to `history`.
 
         Raises:
             TuningFailed: no candidate compiles, runs and is right.
         """
-        started, args = self._clock(), tuple(args)
+        started, args = self.clock(), tuple(args)
         trials = [Trial(config) for config in candidates]
-        for trial in self._progress(trials, "judging"):
-            if self._clock() - started > self.budget / 2 and any(other.text for other in trials):
+        for trial in self.progress(trials, "judging"):
+            if self.clock() - started > self.budget / 2 and any(other.text for other in trials):
                 trial.status, trial.detail = "out of budget", "no time was left to compile it"
             else:
                 trial.status, trial.detail = self._admit(trial, trials, make_fn(trial.config), args, kwargs)
         alive = [trial for trial in trials if trial.status == "timed"]
         if not alive:
             raise TuningFailed("\n".join(f"  {t.config}: {t.status}: {t.detail}" for t in trials) or "no candidates")
-        with self._exclusive():
+        with self.exclusive():
             self._time(alive, args, kwargs, started)
         report = _decided(trials, self.margin)
         self.history.append(report)
@@ -143,11 +131,11 @@ class Tuner:
                 return "duplicate", f"lowers to the same program as {same}"
             trial.program = lowered.compile()
             fastest = min((other.warm for other in trials if other.status == "timed"), default=float("inf"))
-            with self._exclusive():
+            with self.exclusive():
                 output = self._warm(trial, args, kwargs, 10 * fastest)
             if output is None:
                 return "hopeless", f"one call took {trial.warm:.3g} s, ten times as long as another's"
-            verify = self.verify if isinstance(fn, Program) else self._verify
+            verify = self.verify or (installed_verifier() if isinstance(fn, Program) else None)
             wrong = verify(fn, args, output) if verify is not None else None
         except Exception as error:  # one candidate's failure must not end the search; it is shown, not swallowed
             text = f"{type(error).__name__}: {error}"
@@ -158,9 +146,9 @@ class Tuner:
     def _time(self, alive: list[Trial], args: tuple, kwargs: dict, started: float) -> None:
         """Rounds in which every candidate has its turn; one at half the best's speed is given up."""
         rounds, calls = _split(self.iters)
-        turns: Sequence[tuple[Any, ...]] = self._turns or [args]
-        for done in self._progress(range(rounds), "timing"):
-            if done and self._clock() - started > self.budget:
+        turns: Sequence[tuple[Any, ...]] = self.turns or [args]
+        for done in self.progress(range(rounds), "timing"):
+            if done and self.clock() - started > self.budget:
                 return
             batches = [turns[(done * calls + i) % len(turns)] for i in range(calls)]
             for trial in alive:
@@ -172,9 +160,9 @@ class Tuner:
         """The output after the warm-up; None where its first round already takes longer than `limit` seconds."""
         output = jax.block_until_ready(trial.program(*args, **kwargs))
         for _ in range(self.warmup):
-            started = self._clock()
+            started = self.clock()
             output = jax.block_until_ready(trial.program(*args, **kwargs))
-            trial.warm = min(trial.warm, self._clock() - started)
+            trial.warm = min(trial.warm, self.clock() - started)
             if trial.warm > limit:
                 return None
         return output
@@ -183,10 +171,10 @@ class Tuner:
         """Seconds of one call, the mean over `batches`; on a GPU those of the kernels, without the host's part."""
         if _on_gpu(batches[0], kwargs):
             return _kernel_seconds(compiled, batches, kwargs)
-        started = self._clock()
+        started = self.clock()
         outputs = [compiled(*args, **kwargs) for args in batches]
         jax.block_until_ready(outputs)
-        return (self._clock() - started) / len(batches)
+        return (self.clock() - started) / len(batches)
 
 
 def _decided(trials: list[Trial], margin: float) -> Report:
@@ -214,7 +202,7 @@ def _gain(first: Trial, best: Trial) -> tuple[float, float]:
 
 def why_not(tuner: Any) -> str | None:
     """The reason a tuner may not tune by itself: a `Tuner` without a verifier could crown a wrong candidate."""
-    if isinstance(tuner, Tuner) and tuner.verify is None:
+    if isinstance(tuner, Tuner) and (tuner.verify or installed_verifier()) is None:
         return f"no verifier is installed (entry point group {VERIFIERS!r}), and no candidate is timed unjudged"
     return None
 
