@@ -38,6 +38,9 @@ CALLS = {
     "prefill_window": (8192, 1, 64, 8, 64, 16, 128, None, True),
     "mixed": (4224, 130, 32, 8, 128, 16, None, None, False),
     "decode_e4m3": (8, 8, 32, 8, 128, 16, None, None, False, "float8_e4m3fn"),
+    "prefill_e4m3": (8192, 1, 32, 8, 128, 16, None, None, False, "float8_e4m3fn"),
+    "prefill_192_int8": (8192, 1, 16, 8, 192, 16, 4096, 50.0, False, "int8"),
+    "mixed_e5m2": (4224, 130, 32, 8, 128, 16, None, None, False, "float8_e5m2"),
     "decode_int8": (64, 64, 64, 8, 64, 16, 128, None, True, "int8"),
 }
 

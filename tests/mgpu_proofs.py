@@ -31,7 +31,7 @@ from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
 from rpa import layout
 from rpa.backends import pallas_gpu
-from rpa.backends.pallas_gpu import combine, decode, plan, prefill, rows, tiles
+from rpa.backends.pallas_gpu import combine, decode, plan, prefill_work, rows, tiles
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Inputs, Signature
@@ -41,6 +41,7 @@ SPLIT = (("ctas", 1), ("least_chunk", 64))  # one CTA, so that each worker runs 
 SMALL = Shape(rows=6, seqs=5, pages_per_seq=24, pages=60, page=8, q_heads=4, kv_heads=2, head_dim=64)
 TILED = dataclasses.replace(SMALL, rows=136, seqs=2, q_heads=2, kv_heads=1, head_dim=16)
 BOTH = dataclasses.replace(SMALL, rows=40, q_heads=2, kv_heads=1)
+FED = dataclasses.replace(SMALL, rows=136)
 BF16 = {"dtype": "bfloat16", "compute_dtype": "bfloat16"}
 SCALES = {"k_scale": np.array([0.5, 1.25], np.float32), "v_scale": np.array([2.0, 0.1], np.float32)}
 EDGES = {"sliding_window": 37, "logits_soft_cap": 5.0, "sinks": True}
@@ -78,6 +79,19 @@ KERNELS: dict[str, Callable[[], Case]] = {
     ),
     "prefill": lambda: build((70, 9), (130, 9), TILED, **BF16),
     "prefill_edges": lambda: build((70, 9), (130, 9), TILED, **EDGES, **BF16),
+    "prefill_fp8": lambda: build(
+        (70, 9), (190, 9), FED, kv_dtype="float8_e4m3fn", sliding_window=128, sinks=True, **SCALES, **BF16
+    ),
+    "mixed_int8": lambda: build(
+        (5, 1, 20, 1),
+        (70, 190, 20, 33),
+        FED,
+        kv_dtype="int8",
+        k_scale=0.01,
+        v_scale=0.05,
+        logits_soft_cap=5.0,
+        **BF16,
+    ),
     "prefill_window": lambda: build((70, 9), (190, 9), TILED, sliding_window=128, **BF16),
     "prefill_odd_group": lambda: build(
         (130,),
@@ -248,7 +262,7 @@ def prove_tiles() -> None:
     for shortest in (1, 2):
         for inputs, shape in layouts(30):
             small = dataclasses.replace(shape, window=None)
-            tiling = prefill.Tiling(1, 64, 2, 1)
+            tiling = prefill_work.Tiling(1, 64, 2, 1)
             tiling = tiling._replace(tiles=plan.tile_bound(small, 4, tiling.tokens(small), shortest))
             count, fields = find(inputs, small, tiling, shortest)
             owner, sequence, position = expected(inputs, small)

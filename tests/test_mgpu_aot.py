@@ -41,14 +41,8 @@ def reports() -> dict[str, dict]:
 @pytest.mark.parametrize(
     "call",
     [
-        "decode",
-        "decode_window",
-        "decode_e4m3",
-        "decode_int8",
-        "prefill",
-        "prefill_256",
-        "prefill_window",
-        "mixed",
+        *("decode", "decode_window", "decode_e4m3", "decode_int8", "mixed", "mixed_e5m2"),
+        *("prefill", "prefill_256", "prefill_window", "prefill_e4m3", "prefill_192_int8"),
     ],
 )
 def test_the_kernel_fits_and_keeps_its_registers(reports, call):

@@ -20,7 +20,7 @@ CALL = Signature(
     sliding_window=None, vmem_limit_bytes=None,
 )  # fmt: skip
 REFUSED = [
-    ({"kv_dtype": "float8_e4m3fn", "num_tokens": 257}, "kv_pages of float8_e4m3fn"),
+    ({"kv_dtype": "float8_e4m3fn", "head_dim": 256, "num_tokens": 257}, "257 query rows of 64 sequences"),
     ({"kv_dtype": "int8", "head_dim": 80}, "head_dim=80 with pages of int8"),
     ({"kv_dtype": "int8", "q_dtype": "float32", "compute_dtype": "float32"}, "queries of float32"),
     ({"q_dtype": "float32", "kv_dtype": "float32", "compute_dtype": "float32"}, "kv_pages of float32"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rpa import device as devices
 from rpa import numerics
-from rpa.backends.pallas_gpu import combine, decode, mixed, plan, prefill
+from rpa.backends.pallas_gpu import combine, decode, mixed, plan, prefill, prefill_work
 from rpa.backends.pallas_gpu.program import NARROW, Program, program, shape_of
 from rpa.backends.pallas_gpu.rows import Metadata
 from rpa.backends.pallas_gpu.tiles import Heads, Shape
@@ -67,21 +67,21 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
     q, sinks = inputs.queries, inputs.softmax_aux
     if todo.decode is not None:
         q, sinks = padded_heads(inputs, shape)
-    missing = max(-(-shape.tokens // 8) * 8, prefill.M) - shape.tokens  # a tile starts at whole eights of rows
+    missing = max(-(-shape.tokens // 8) * 8, prefill_work.M) - shape.tokens  # a tile starts at whole eights of rows
     if missing:
         q = jnp.pad(q, ((0, missing), (0, 0), (0, 0)))
-    tiles = (work.count, work.tiles, plan.fills(own, shape.tokens), sinks, shape, todo.prefill)
-    with_lse = signature.return_lse
+    heads, with_lse = Heads(sinks, inputs.k_scale, inputs.v_scale), signature.return_lse
+    listed = (work.count, work.tiles, plan.fills(own, shape.tokens))
+    alone = (q, inputs.kv_pages, meta.tables, *listed, heads, shape, todo.prefill, with_lse)
     if todo.decode is None:
-        output, lse = prefill.attend(q, inputs.kv_pages, meta.tables, *tiles, with_lse)
+        output, lse = prefill.attend(*alone)
     else:
         units = plan.live_units(own, shape, todo.decode)
         if todo.fused:
-            both = (*tiles, units.fields, todo.decode, with_lse)
+            both = (*listed, sinks, shape, todo.prefill, units.fields, todo.decode, with_lse)
             output, lse, parts = mixed.attend(q, inputs.kv_pages, meta, *both)
         else:
-            output, lse = prefill.attend(q, inputs.kv_pages, meta.tables, *tiles, with_lse)
-            heads = Heads(sinks, inputs.k_scale, inputs.v_scale)
+            output, lse = prefill.attend(*alone)
             parts = decode.attend(q, inputs.kv_pages, meta, units.fields, heads, shape, todo.decode, with_lse)
         if todo.decode.splits > 1 or not todo.fused:
             parts = parts._replace(live=units.splits)
@@ -126,11 +126,12 @@ def supports(signature: Signature, device: Device) -> str | None:
         return f"k_scale and v_scale: pages of {kv_dtype} are multiplied as they are; scales are for pages of 8 bits"
     if signature.head_dim % 16 or signature.head_dim > 256:
         return f"head_dim={signature.head_dim}: a multiple of 16 up to 256 is needed for wgmma"
+    decodes = signature.num_tokens <= 4 * signature.max_seqs  # as `program` has it
+    if narrow and signature.head_dim > 192 and not decodes:
+        rows = f"{signature.num_tokens} query rows of {signature.max_seqs} sequences"
+        return f"head_dim={signature.head_dim} with pages of {kv_dtype} and {rows}: no registers left to convert them"
     if narrow and signature.head_dim % 64:
         return f"head_dim={signature.head_dim} with pages of {kv_dtype}: a multiple of 64 is needed to convert them"
-    if narrow and signature.num_tokens > 4 * signature.max_seqs:
-        rows = f"{signature.num_tokens} query rows of {signature.max_seqs} sequences"
-        return f"kv_pages of {kv_dtype} with {rows}: only decode converts pages yet"
     if signature.page_size % 8:
         return (
             f"page size {signature.page_size}: a multiple of 8 is needed for TMA into swizzled shared memory"

@@ -32,6 +32,7 @@ from rpa.backends.pallas_gpu.tiles import (
     Heads,
     Shape,
     ceil_div,
+    drain,
     first_key,
     page_of,
     piece,
@@ -228,19 +229,8 @@ def produce(worker, q_ref, kv_ref, meta: Metadata, units_ref, s: Scratch, shape:
 
     step, nth = for_each_item(worker, meta, units_ref, shape, tiling, body)
     post(Item(I32(-1), *(I32(0),) * (len(Item._fields) - 1)), nth)
-    drain(step, nth + 1, s, tiling)
-
-
-def drain(step, nth, s: Scratch, tiling: Tiling) -> None:
-    """Waits for the consumer's last releases, so that no barrier is left a phase behind."""
-    for slot in range(2):
-        pl.when(nth > slot)(lambda slot=slot: plgpu.barrier_wait(s.q_free.at[slot]))
-    for slot in range(tiling.stages):
-
-        @pl.when(step > slot)
-        def _(slot=slot):
-            plgpu.barrier_wait(s.k_free.at[slot])
-            plgpu.barrier_wait(s.v_free.at[slot])
+    drain(2, nth + 1, s.q_free)
+    drain(tiling.stages, step, s.k_free, s.v_free)
 
 
 def fill_slot(item: Item, i, step, nth, stray, kv_ref, meta: Metadata, s: Scratch, shape: Shape, tiling: Tiling):

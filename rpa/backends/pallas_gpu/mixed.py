@@ -16,14 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu import decode, prefill
+from rpa.backends.pallas_gpu import decode, prefill, prefill_work
 from rpa.backends.pallas_gpu.decode import Outputs
 from rpa.backends.pallas_gpu.rows import Metadata
 from rpa.backends.pallas_gpu.tiles import Heads, Shape
 
 
 def attend(
-    q, kv_pages, meta: Metadata, count, tiles, fills, sinks, shape: Shape, tiling: prefill.Tiling, units,
+    q, kv_pages, meta: Metadata, count, tiles, fills, sinks, shape: Shape, tiling: prefill_work.Tiling, units,
     decoding: decode.Tiling, with_lse: bool,
 ):  # fmt: skip
     """`prefill.attend` on the listed tiles, `decode.attend` on the listed units: (output, lse or None, parts).
@@ -43,10 +43,10 @@ def attend(
         q_ref, kv_ref, *rest = refs
         meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
         count_ref, tiles_ref, fills_ref, units_ref = (rest.pop(0) for _ in range(4))
-        sinks_ref = rest.pop(0) if sinks is not None else None
+        scalars = Heads(rest.pop(0) if sinks is not None else None)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         s, d = rest
-        s = prefill.unpacked(s, tiling)
+        s = prefill_work.unpacked(s, tiling)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
         @pl.when(wg == 3)
@@ -67,19 +67,19 @@ def attend(
         @pl.when(wg == 2)
         def _():
             plgpu.set_max_registers(spare, action="decrease")
-            decode.consume(outs, Heads(sinks_ref), d, shape, decoding)
+            decode.consume(outs, scalars, d, shape, decoding)
 
         @pl.when(wg < 2)
         def _():
             plgpu.set_max_registers(tiling.registers[0], action="increase")
-            prefill.consume(wg, cta, count_ref, tiles_ref, sinks_ref, outs.output, outs.lse, s, shape, tiling)
+            prefill.consume(wg, cta, count_ref, tiles_ref, scalars, outs.output, outs.lse, s, shape, tiling)
             pl.when(wg == 0)(lambda: prefill.fill(cta, fills_ref, outs.output, s, shape, tiling))
 
     args = [q, kv_pages, *meta, count, tiles, fills, units] + ([] if sinks is None else [sinks])
     results = plgpu.kernel(
         body,
         out_type=tuple(t for t in types if t is not None),
-        scratch_types=(prefill.scratch_types(shape, tiling), decode.scratch_types(shape, decoding)),
+        scratch_types=(prefill_work.scratch_types(shape, tiling), decode.scratch_types(shape, decoding)),
         grid=(tiling.ctas,),
         grid_names=("cta",),
         num_threads=4,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rpa.backends.pallas_gpu import decode, prefill
+from rpa.backends.pallas_gpu import decode, prefill_work
 from rpa.backends.pallas_gpu.tiles import Shape, piece
 from rpa.signature import Inputs
 
@@ -30,7 +30,7 @@ class Tiles(NamedTuple):
     """The prefill list, longest first."""
 
     count: jax.Array  # i32 [1]
-    tiles: jax.Array  # i32 [5, tiles], see `prefill.item_at`
+    tiles: jax.Array  # i32 [5, tiles], see `prefill_work.item_at`
 
 
 def owners(inputs: Inputs, shape: Shape) -> Owners:
@@ -73,7 +73,7 @@ def tile_bound(shape: Shape, sequences: int, tokens: int, shortest: int) -> int:
     return max(1, (shape.tokens + busy * (tokens + 6)) // tokens)
 
 
-def prefill_tiles(own: Owners, shape: Shape, tiling: prefill.Tiling, shortest: int) -> Tiles:
+def prefill_tiles(own: Owners, shape: Shape, tiling: prefill_work.Tiling, shortest: int) -> Tiles:
     """The tiles of every sequence of at least `shortest` tokens, those with the most keys first."""
     tokens, s = tiling.tokens(shape), own.start.shape[0]
     serves = own.live & own.valid & (own.stop - own.start >= shortest)

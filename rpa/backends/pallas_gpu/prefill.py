@@ -6,16 +6,12 @@
 A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd): one consumer
 warpgroup for each 64 rows, both on the same keys. Tiles start at multiples of 8 rows, as TMA into a swizzled tile
 asks; rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of their size in the
-cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles.
-Blocks are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the
-whole ones follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other
-multiplies.
+cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles;
+pages of 8 bits pass from a ring of their own through a warpgroup that converts them. `prefill_work` says what a tile
+is, `prefill_fold` what is done with it.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,160 +19,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu.tiles import (
-    FLOOR,
-    I32,
-    LOG2E,
-    Shape,
-    ceil_div,
-    first_key,
-    page_of,
-    piece,
-    smem,
-    zero_unseen,
+from rpa.backends.pallas_gpu.prefill_fold import along, fold_all
+from rpa.backends.pallas_gpu.prefill_work import (
+    ROWS,
+    SHARED,
+    WG,
+    Item,
+    M,
+    Scratch,
+    Tiling,
+    fed_ring,
+    for_each_item,
+    scratch_types,
+    unpacked,
 )
-
-M = 64  # rows of a warpgroup's wgmma
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, replicated along it
-WG = plgpu.Layout.WGMMA
-
-
-# Where a tile's output waits for its copy: whole tiles swizzled, partial ones not, each in memory of its own (what the
-# interpreter can tell apart); both in one spare buffer; or both in the queries' own memory, where no buffer fits.
-APART, SPARE, SHARED = 0, 1, 2
-
-
-class Tiling(NamedTuple):
-    """Static parameters of the prefill role."""
-
-    tiles: int  # tiles the list may hold
-    block: int  # keys a ring slot
-    stages: int
-    ctas: int
-    fresh: bool = False  # P V into a fresh accumulator, added afterwards, rather than on top of the old one
-    staged: bool = False  # the weights pass through shared memory: the interpreter takes no register operand
-    turns: bool = True  # the warpgroups take turns at the tensor cores
-    ahead: bool = False  # the next block's scores are computed under this block's softmax
-    registers: tuple[int, int] = (232, 40)  # consumer, producer
-    memory: int = 0  # where the output is staged: APART, SPARE or SHARED
-    queries: int = 2  # tiles whose queries have room: with two, the next tile's load under this tile's work
-    teams: int = 1  # pairs of consumer warpgroups a CTA, each pair with tiles and a ring of its own
-
-    def heads(self, shape: Shape) -> int:
-        """Heads of a group that one tile serves."""
-        return 2 if shape.group % 2 == 0 else 1
-
-    def tokens(self, shape: Shape) -> int:
-        return 2 * M // self.heads(shape)
-
-
-class Item(NamedTuple):
-    """One tile of one pair of heads, traced."""
-
-    token: jax.Array  # query row of the tile's row 0, a multiple of 8
-    begin: jax.Array  # live rows of the tile: begin..end-1
-    end: jax.Array
-    position: jax.Array  # of row 0; may be negative
-    sequence: jax.Array
-    kv_head: jax.Array
-    head: jax.Array  # first query head
-    low: jax.Array  # first key any row sees
-    base: jax.Array  # first key of block 0
-    stop: jax.Array  # one past the last key any row sees
-    blocks: jax.Array
-
-
-class Scratch(NamedTuple):
-    """A CTA's shared memory and barriers."""
-
-    q: jax.Ref  # [2 * queries, M, D]
-    k: jax.Ref  # [stages, block, D]
-    v: jax.Ref  # [stages, block, D]
-    out: jax.Ref  # [2, M, D] (or as `q`), whole tiles on their way out
-    tail: jax.Ref  # as `out`, not swizzled: tiles that are not whole leave by rows, padded to what TMA can address
-    lse: jax.Ref  # [2, M]
-    p: jax.Ref  # [2, M, block] where `staged`
-    q_full: jax.Ref  # [2 * queries]
-    q_free: jax.Ref  # [queries]
-    k_full: jax.Ref  # [stages]
-    v_full: jax.Ref
-    k_free: jax.Ref
-    v_free: jax.Ref
-    turn: jax.Ref
-    clean: jax.Ref
-
-
-def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
-    d, dtype = shape.head_dim, shape.dtype
-    copies = tiling.block // piece(shape.page, tiling.block)
-    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
-    held = 2 * tiling.queries
-    staged = held if tiling.memory == SHARED else 2
-    q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, M, -(-d // 64) * 64), jnp.dtype(dtype))
-    out = smem((staged, M, d), dtype)
-    both, none = plgpu.RefUnion(out, tail), plgpu.SMEM((M,), jnp.float32)
-    return Scratch(
-        q=both if tiling.memory == SHARED else q,
-        out=(out, both, none)[tiling.memory],
-        tail=tail if tiling.memory == APART else none,
-        k=smem((tiling.stages, tiling.block, d), dtype),
-        v=smem((tiling.stages, tiling.block, d), dtype),
-        lse=plgpu.SMEM((2, M), jnp.float32),
-        p=smem((2, M, tiling.block) if tiling.staged else (2, 8, d), dtype, like=d),
-        q_full=plgpu.Barrier(num_barriers=held),
-        q_free=plgpu.Barrier(num_barriers=tiling.queries, num_arrivals=2),
-        k_full=ring(num_arrivals=copies),
-        v_full=ring(num_arrivals=copies),
-        k_free=ring(num_arrivals=2),
-        v_free=ring(num_arrivals=2),
-        turn=plgpu.Barrier(num_arrivals=2),
-        clean=plgpu.Barrier(num_arrivals=2),
-    )
-
-
-def unpacked(s: Scratch, tiling: Tiling) -> Scratch:
-    """The scratch with the names of shared memory told apart."""
-    if tiling.memory == SHARED:
-        q, tail = s.q
-        return s._replace(q=q, out=q, tail=tail)
-    if tiling.memory == SPARE:
-        out, tail = s.out
-        return s._replace(out=out, tail=tail)
-    return s
-
-
-def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
-    """Reads a tile of the list (i32 [5, tiles]: token / 8, begin, end, position, sequence) and finds its keys."""
-    pairs = shape.q_heads // tiling.heads(shape)
-    tile, pair = lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
-    token, begin, end, position, sequence = (tiles_ref[field, tile] for field in range(5))
-    head = pair * tiling.heads(shape)
-    low, base = first_key(position + begin, shape.window, tiling.block)
-    stop = jnp.maximum(position + end, 0)
-    blocks = ceil_div(jnp.maximum(stop - base, 0), tiling.block)
-    kv_head = lax.div(head, I32(shape.group))
-    return Item(token * 8, begin, end, position, sequence, kv_head, head, low, base, stop, blocks)
-
-
-def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body):
-    """Runs `body(item, step, nth)` over this team's items; the list is dealt back and forth, longest tiles first.
-
-    `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
-    """
-    pairs = shape.q_heads // tiling.heads(shape)
-    total, n = count_ref[0] * pairs, tiling.ctas * tiling.teams
-
-    def loop(i, carry):
-        step, nth = carry
-        place = jnp.where(lax.rem(i, I32(2)) == 0, team, n - 1 - team)
-        index = i * n + place
-        item = item_at(jnp.minimum(index, total - 1), tiles_ref, shape, tiling)
-        here = index < total
-        pl.when(here)(lambda: body(item, step, nth))
-        return step + jnp.where(here, item.blocks, 0), nth + jnp.where(here, 1, 0)
-
-    return lax.fori_loop(0, ceil_div(total, n), loop, (I32(0), I32(0)))
-
+from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Heads, Shape, ceil_div, drain, page_of, piece, widen
 
 # ------------------------------------------------------------------ producer
 
@@ -207,19 +64,9 @@ def produce(
             plgpu.copy_gmem_to_smem(source, s.q.at[2 * held + w], s.q_full.at[2 * held + w])
         lax.fori_loop(early, item.blocks, block, None)
 
-    drain(*for_each_item(team, count_ref, tiles_ref, shape, tiling, body), s, tiling)
-
-
-def drain(steps, nth, s: Scratch, tiling: Tiling) -> None:
-    """Waits for the consumers' last releases, so that no barrier is left a phase behind."""
-    for held in range(tiling.queries):
-        pl.when(nth > held)(lambda held=held: plgpu.barrier_wait(s.q_free.at[held]))
-    for slot in range(tiling.stages):
-
-        @pl.when(steps > slot)
-        def _(slot=slot):
-            plgpu.barrier_wait(s.k_free.at[slot])
-            plgpu.barrier_wait(s.v_free.at[slot])
+    steps, nth = for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
+    drain(tiling.queries, nth, s.q_free)
+    drain(tiling.stages, steps, s.k_free, s.v_free)
 
 
 def fill_slot(
@@ -241,11 +88,34 @@ def fill_slot(
             plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
 
 
+def convert(team, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """The converting warpgroup: blocks out of the ring of stored numbers into the ring that is multiplied, in order."""
+    raw = s.raw
+
+    def body(item: Item, step, nth):
+        @pl.loop(0, item.blocks)
+        def _(i):
+            slot, place = lax.rem(step + i, I32(tiling.stages)), lax.rem(step + i, I32(tiling.raw))
+            for stored, wide, filled, freed, full, free in (
+                (raw.k, s.k, raw.k_full, raw.k_free, s.k_full, s.k_free),
+                (raw.v, s.v, raw.v_full, raw.v_free, s.v_full, s.v_free),
+            ):
+                plgpu.barrier_wait(filled.at[place])
+                pl.when(step + i >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                widen(stored.at[place], wide.at[slot], shape)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(freed.at[place])
+                plgpu.barrier_arrive(full.at[slot])
+
+    steps, _ = for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
+    drain(tiling.stages, steps, s.k_free, s.v_free)
+
+
 # ------------------------------------------------------------------ consumers
 
 
 def consume(
-    wg, team, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
+    wg, team, count_ref, tiles_ref, scalars: Heads, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
 ) -> None:
     """One consumer warpgroup, `wg` 0 or 1 of its team: an online softmax over each tile, its rows to memory."""
     heads, d = tiling.heads(shape), shape.head_dim
@@ -260,6 +130,7 @@ def consume(
             end=jnp.clip(item.end - ahead, 0, M),
             position=item.position + ahead,
             head=item.head + (wg if heads == 2 else 0),
+            scale=shape.scale if scalars.k_scale is None else shape.scale * scalars.k_scale[item.kv_head],
         )
         plgpu.barrier_wait(s.q_full.at[place])
         state = (
@@ -268,203 +139,19 @@ def consume(
             plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROWS),
         )
         state = fold_all(wg, place, item, mine, step, state, s, shape, tiling)
+        if scalars.v_scale is not None:
+            state = (state[0] * scalars.v_scale[item.kv_head], *state[1:])
         if tiling.memory != SHARED:
             plgpu.barrier_arrive(s.q_free.at[held])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-        store(place if tiling.memory == SHARED else wg, mine, state, sinks_ref, o_ref, lse_ref, s, shape)
+        staged = place if tiling.memory == SHARED else wg
+        store(staged, mine, state, scalars.sinks, o_ref, lse_ref, s, shape)
         if tiling.memory == SHARED:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(s.q_free.at[held])
 
     for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
     plgpu.wait_smem_to_gmem(0)
-
-
-def fold_all(wg, place, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
-    """Folds every block of the tile: the cut ones at the causal edge, the whole ones, those the window cuts."""
-    b = tiling.block
-    # Blocks from `whole_end` on hold keys that the first row must not see; below `whole_start`, that the last must not.
-    whole_end = jnp.minimum(
-        lax.div(jnp.maximum(item.position + item.begin + 1 - item.base, 0), I32(b)), item.blocks
-    )
-    whole_start = I32(0)
-    if shape.window is not None:
-        unseen = jnp.maximum(item.position + item.end - shape.window - item.base, 0)
-        whole_start = jnp.minimum(ceil_div(unseen, b), item.blocks)
-    whole_end = jnp.maximum(whole_end, whole_start)
-    first, second = item.blocks - whole_end, item.blocks - whole_start  # in folding order
-    fold = functools.partial(fold_block, wg, place, item, mine, step, s=s, shape=shape, tiling=tiling)
-    # A long window and the causal edge never cut one block both: then each is looked at where it cuts.
-    apart = shape.window is not None and shape.window >= tiling.tokens(shape) + b - 1
-    state = lax.fori_loop(0, first, functools.partial(fold, cut="causal" if apart else "both"), state)
-    if tiling.ahead:
-        state = fold_ahead(place, step, first, second, state, s, shape, tiling)
-    else:
-        if tiling.turns:
-            pl.when(wg == 1)(lambda: take_turn(s))
-        state = lax.fori_loop(first, second, functools.partial(fold, cut=""), state)
-        if tiling.turns:
-            pl.when(wg == 0)(lambda: take_turn(s))
-    if shape.window is not None:
-        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut="window" if apart else "both"), state)
-    return state
-
-
-def take_turn(s: Scratch) -> None:
-    plgpu.barrier_arrive(s.turn)
-    plgpu.barrier_wait(s.turn)
-
-
-def fold_block(
-    wg, place, item: Item, mine: Item, step, i, state, *, cut: str, s: Scratch, shape: Shape, tiling: Tiling
-):
-    """Folds one block into (acc [M, D], m [M], l [M]); where an edge cuts it, it is masked and dead values zeroed."""
-    acc, m, l = state
-    turns = tiling.turns and not cut
-    slot = lax.rem(step + i, I32(tiling.stages))
-    key = item.base + (item.blocks - 1 - i) * tiling.block
-    plgpu.barrier_wait(s.k_full.at[slot])
-
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
-        if turns:
-            take_turn(s)
-        return acc_ref[...]
-
-    x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
-    plgpu.barrier_arrive(s.k_free.at[slot])
-    z, unit = logits(x, shape)
-    if cut:
-        z = masked(z, key, mine, cut, shape)
-    m_new = jnp.maximum(m, z.max(axis=1) * unit)
-    alpha = jnp.exp2(m - m_new)
-    p = jnp.exp2(z * unit - along(m_new, z))
-    l = l * alpha + p.sum(axis=1)
-    weights = p.astype(shape.dtype)
-    if not tiling.fresh:
-        acc = acc * along(alpha, acc)
-    if turns:
-        acc, l, m_new, alpha, weights = lax.optimization_barrier((acc, l, m_new, alpha, weights))
-        plgpu.barrier_arrive(s.turn)
-    plgpu.barrier_wait(s.v_full.at[slot])
-    if turns:
-        plgpu.barrier_wait(s.turn)
-    if cut:
-        clean_values(wg, s, slot, key, item, shape, tiling)
-    if tiling.staged:
-        s.p.at[wg][...] = weights
-        plgpu.commit_smem()
-        weights = s.p.at[wg]
-    acc = add_product(acc, alpha, weights, s.v.at[slot], tiling.fresh)
-    plgpu.barrier_arrive(s.v_free.at[slot])
-    return acc, m_new, l
-
-
-def fold_ahead(place, step, first, second, state, s: Scratch, shape: Shape, tiling: Tiling):
-    """Folds whole blocks first..second-1; scores of the next block are multiplied together with values of the last."""
-
-    def slot_of(i):
-        return lax.rem(step + i, I32(tiling.stages))
-
-    def softmax(x, m, l):
-        z, unit = logits(x, shape)
-        m_new = jnp.maximum(m, z.max(axis=1) * unit)
-        alpha = jnp.exp2(m - m_new)
-        p = jnp.exp2(z * unit - along(m_new, z))
-        return p.astype(shape.dtype), m_new, l * alpha + p.sum(axis=1), alpha
-
-    def one(i, carry):
-        acc, weights, m, l = carry
-        now, before = slot_of(i), slot_of(i - 1)
-        plgpu.barrier_wait(s.k_full.at[now])
-
-        def multiply(x_ref, acc_ref):
-            acc_ref[...] = acc
-            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[now].transpose((1, 0)))
-            plgpu.barrier_wait(s.v_full.at[before])
-            plgpu.wgmma(acc_ref, weights, s.v.at[before])
-            x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            plgpu.barrier_arrive(s.k_free.at[now])
-            following = softmax(x, m, l)
-            return *following, plgpu.wgmma_accumulator_load(acc_ref)
-
-        scores, values = plgpu.ACC((M, tiling.block), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
-        weights, m, l, alpha, acc = pl.run_scoped(multiply, scores, values)
-        plgpu.barrier_arrive(s.v_free.at[before])
-        return acc * along(alpha, acc), weights, m, l
-
-    def every(state):
-        acc, m, l = state
-        slot, last = slot_of(first), slot_of(second - 1)
-        plgpu.barrier_wait(s.k_full.at[slot])
-
-        def multiply(x_ref):
-            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
-            return x_ref[...]
-
-        x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
-        plgpu.barrier_arrive(s.k_free.at[slot])
-        weights, m, l, alpha = softmax(x, m, l)
-        acc, weights, m, l = lax.fori_loop(first + 1, second, one, (acc * along(alpha, acc), weights, m, l))
-        plgpu.barrier_wait(s.v_full.at[last])
-        acc = add_product(acc, alpha, weights, s.v.at[last], fresh=False)
-        plgpu.barrier_arrive(s.v_free.at[last])
-        return acc, m, l
-
-    return lax.cond(first < second, every, lambda state: state, state)
-
-
-def add_product(acc, alpha, weights, v_ref, fresh: bool):
-    """acc * alpha + weights @ v; where not `fresh`, `acc` is scaled already and the product lands on top of it."""
-    if fresh:
-
-        def multiply(acc_ref):
-            plgpu.wgmma(acc_ref, weights, v_ref)
-            return acc_ref[...]
-
-        return acc * along(alpha, acc) + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
-
-    def add(acc_ref):
-        plgpu.wgmma(acc_ref, weights, v_ref)
-
-    return pl.run_state(add)(plgpu.ACC.init(acc))
-
-
-def logits(x, shape: Shape):
-    """(z, unit): the scaled, capped logits are z * unit in units of log 2, with unit > 0."""
-    if shape.cap is not None:
-        return jnp.tanh(x * (shape.scale / shape.cap)), shape.cap * LOG2E
-    if shape.scale > 0:
-        return x, shape.scale * LOG2E
-    return x * (shape.scale * LOG2E), 1.0
-
-
-def masked(z, key, mine: Item, cut: str, shape: Shape):
-    """-inf where a row sees no key: past its own position, or before its window."""
-    keys = key + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WG)
-    position = mine.position + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=WG)
-    if shape.window is not None and cut != "causal":
-        z = jnp.where(keys > position - shape.window, z, -jnp.inf)
-    return z if cut == "window" else jnp.where(keys <= position, z, -jnp.inf)
-
-
-def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Tiling) -> None:
-    """Zeroes values that no row of the tile may see, since a weight of 0 does not silence a NaN."""
-
-    @pl.when((key < item.low) | (key + tiling.block > item.stop))
-    def _():
-        @pl.when(wg == 0)
-        def _():
-            zero_unseen(s.v.at[slot], key, item.low, item.stop, shape)
-
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(s.clean)
-        plgpu.barrier_wait(s.clean)
-
-
-def along(row, like):
-    """[M] broadcast along the columns of `like`."""
-    return lax.broadcast_in_dim(row, like.shape, [0])
 
 
 # ------------------------------------------------------------------ output
@@ -584,18 +271,18 @@ def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> Non
 # ------------------------------------------------------------------ the kernel of prefill alone
 
 
-def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling: Tiling, with_lse: bool):
+def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shape, tiling: Tiling, with_lse: bool):
     """[T, Hq, D] and, with `with_lse`, f32 [T, Hq] (only the rows of listed tiles).
 
     Args:
         count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
         fills: rows of nobody and of invalid sequences, see `plan.fills`.
-        sinks: f32 [Hq] or None.
+        scalars: sinks and scales.
     """
 
     def body(*refs):
         q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fills_ref, *rest = refs
-        sinks_ref = rest.pop(0) if sinks is not None else None
+        scalar_refs = scalars.of(rest)
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
         teams = [unpacked(s, tiling) for s in rest]
@@ -612,7 +299,16 @@ def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling
                     @pl.when(warp == t)
                     def _(t=t, s=s):
                         team = cta + t * tiling.ctas
-                        produce(team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
+                        fed, how = fed_ring(s, tiling)
+                        produce(team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fed, shape, how)
+
+        if tiling.raw:
+
+            @pl.when(wg == 2 * tiling.teams + 1)
+            def _():
+                left = 512 - 2 * tiling.registers[0] - tiling.registers[1]
+                plgpu.set_max_registers(left, action="decrease")
+                convert(cta, count_ref, tiles_ref, teams[0], shape, tiling)
 
         for t, s in enumerate(teams):
 
@@ -620,21 +316,21 @@ def attend(q, kv_pages, tables, count, tiles, fills, sinks, shape: Shape, tiling
             def _(t=t, s=s):
                 plgpu.set_max_registers(tiling.registers[0], action="increase")
                 team = cta + t * tiling.ctas
-                consume(wg - 2 * t, team, count_ref, tiles_ref, sinks_ref, o_ref, lse_ref, s, shape, tiling)
+                consume(wg - 2 * t, team, count_ref, tiles_ref, scalar_refs, o_ref, lse_ref, s, shape, tiling)
                 if t == 0:
                     pl.when(wg == 0)(lambda: fill(cta, fills_ref, o_ref, s, shape, tiling))
 
     outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
     if with_lse:
         outs.append(jax.ShapeDtypeStruct((shape.tokens, shape.q_heads), jnp.float32))
-    args = [q, kv_pages, tables, count, tiles, fills] + ([] if sinks is None else [sinks])
+    args = [q, kv_pages, tables, count, tiles, fills, *scalars.present]
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),
         scratch_types=(scratch_types(shape, tiling),) * tiling.teams,
         grid=(tiling.ctas,),
         grid_names=("cta",),
-        num_threads=2 * tiling.teams + 1,
+        num_threads=2 * tiling.teams + 1 + (tiling.raw > 0),
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="rpa_prefill",

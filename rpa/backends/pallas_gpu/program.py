@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from rpa.backends.pallas_gpu import decode, plan, prefill
+from rpa.backends.pallas_gpu import decode, plan, prefill_work
 from rpa.backends.pallas_gpu.tiles import Shape, piece
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.signature import Signature
@@ -19,7 +19,7 @@ LONG = 64  # mean query length from which every sequence takes the prefill role
 OPTIONS = (
     "ahead", "consumer_registers", "ctas", "decode_block", "decode_stages", "fresh", "least_chunk",
     "mixed_block", "mixed_chunk", "mixed_queries", "mixed_registers", "mixed_stages", "prefill_block",
-    "prefill_stages", "producer_registers", "queries", "teams", "turns", "workers",
+    "prefill_raw", "prefill_stages", "producer_registers", "queries", "teams", "turns", "workers",
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ class Program(NamedTuple):
     """The kernels of one signature; at least one of the two."""
 
     decode: decode.Tiling | None
-    prefill: prefill.Tiling | None
+    prefill: prefill_work.Tiling | None
     fused: bool = False  # both in one launch
 
 
@@ -112,23 +112,25 @@ def prefill_tiling(
     ctas: int,
     shortest: int,
     interpreted: bool,
-) -> prefill.Tiling:
+) -> prefill_work.Tiling:
     narrow = shape.head_dim > 128 or (shape.window is not None and shape.window <= 512)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
+    if shape.stored:
+        return converting_tiling(shape, sequences, config, ctas, shortest, interpreted)
     # At small head sizes the softmax is most of the work: two pairs of consumers fill each other's bubbles.
     teams = config.option("teams", 2 if shape.head_dim <= 64 and not interpreted else 1)
     block = config.option("prefill_block", 64 if narrow or teams == 2 else 128)
     consumer, producer = (240, 24) if teams == 1 else (112, 32)
     stages = config.num_stages or config.option("prefill_stages", (4, 3)[teams - 1] if 64 * size <= 8192 else 2)
     room, ring = (SMEM - RESERVED) // teams, 2 * stages * block * size
-    tile = 2 * prefill.M * size  # queries or outputs of one tile
+    tile = 2 * prefill_work.M * size  # queries or outputs of one tile
     # With pages of 16 and long tiles a second place for queries was no gain: 925 us against 852 for 1 x 8k.
     ahead = teams == 2 or piece(shape.page, block) >= 64
     queries = config.option("queries", 2 if ahead and ring + 2 * tile <= room else 1)
-    memory = prefill.APART if interpreted else prefill.SPARE
+    memory = prefill_work.APART if interpreted else prefill_work.SPARE
     if ring + (queries + 1) * tile > room:
-        memory = prefill.SHARED
-    tiling = prefill.Tiling(
+        memory = prefill_work.SHARED
+    tiling = prefill_work.Tiling(
         1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
         turns=bool(config.option("turns", int(teams == 1 or not narrow))), ahead=bool(config.option("ahead", 0)),
         memory=memory,
@@ -138,14 +140,37 @@ def prefill_tiling(
     return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
 
 
+def converting_tiling(
+    shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, shortest: int, interpreted: bool
+) -> prefill_work.Tiling:
+    """Prefill on pages of 8 bits: a ring of what is stored, and a smaller one of what is multiplied."""
+    block, size = config.option("prefill_block", 64), jnp.dtype(shape.dtype).itemsize * shape.head_dim
+    slot, tile = 2 * block * size, 2 * prefill_work.M * size
+    raw = config.option("prefill_raw", 2)
+    # Registers as in a mixed call: 72 are left to the warpgroup that converts.
+    registers = (config.option("consumer_registers", 208), config.option("producer_registers", 24))
+    room = SMEM - RESERVED - raw * slot // 2
+    stages = config.num_stages or config.option("prefill_stages", 2 if 2 * slot + tile <= room else 1)
+    queries = config.option("queries", 2 if stages * slot + 3 * tile <= room else 1)
+    memory = prefill_work.APART if interpreted else prefill_work.SPARE
+    if stages * slot + (queries + 1) * tile > room:
+        memory = prefill_work.SHARED
+    tiling = prefill_work.Tiling(
+        1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
+        turns=bool(config.option("turns", 1)), memory=memory, registers=registers, queries=queries, raw=raw,
+    )  # fmt: skip
+    return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
+
+
 def mixed_program(
     shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
 ) -> Program:
     """Both roles in one CTA: smaller prefill blocks, one decode worker, registers split between them.
 
-    Head sizes past 192 do not leave room for both rings: there the two kernels run one after the other.
+    Head sizes past 192 do not leave room for both rings, nor does a warpgroup that converts pages leave registers:
+    there the two kernels run one after the other.
     """
-    if shape.head_dim > 192:
+    if shape.head_dim > 192 or shape.stored:
         whole = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
         singles = decode_tiling(shape, sequences, config, ctas)
         return Program(singles._replace(singles=True, lanes=not interpreted), whole)
@@ -154,7 +179,7 @@ def mixed_program(
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
     tiling = tiling._replace(
         block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 else 2),
-        memory=prefill.APART if interpreted else prefill.SHARED, teams=1,
+        memory=prefill_work.APART if interpreted else prefill_work.SHARED, teams=1,
         queries=config.option("mixed_queries", 1), turns=bool(config.option("turns", 1)),
         registers=(config.option("mixed_registers", 208), config.option("producer_registers", 24)),
     )  # fmt: skip
@@ -162,7 +187,7 @@ def mixed_program(
     if shape.window is not None:
         span = min(span, shape.window + piece(shape.page, 64) - 1)
     chunk = max(config.option("mixed_chunk", 2048), -(-span // (64 * 64)) * 64)
-    free = SMEM - RESERVED - (2 * prefill.M * tiling.queries + 2 * tiling.stages * block) * size - 4096
+    free = SMEM - RESERVED - (2 * prefill_work.M * tiling.queries + 2 * tiling.stages * block) * size - 4096
     stages = max(1, min(8, free // (2 * 64 * size)))
     splits = -(-span // chunk)
     decoding = decode.Tiling(sequences, 64, stages, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)

@@ -113,6 +113,27 @@ def page_of(key, sequence, tables_ref, shape: Shape):
     return page, lax.rem(key, I32(shape.page)), jnp.where(entry != page, I32(1), I32(0))
 
 
+class Ring(NamedTuple):
+    """Blocks of keys and values on their way, slot by slot, with the barriers that say filled and free."""
+
+    k: Any  # [slots, block, D]
+    v: Any  # [slots, block, D]
+    k_full: Any  # [slots]
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+
+def drain(slots: int, uses, *barriers) -> None:
+    """Waits for the last release of each slot of `uses` fillings, so that no barrier is left a phase behind."""
+    for slot in range(slots):
+
+        @pl.when(uses > slot)
+        def _(slot=slot):
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[slot])
+
+
 def widen(narrow_ref, wide_ref, shape: Shape) -> None:
     """Converts a tile of stored numbers to operands, without a rounding; a scale, if any, is the products' affair."""
     d = narrow_ref.shape[1]
