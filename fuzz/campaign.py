@@ -132,6 +132,7 @@ class Campaign:
         self.children: dict[int, Child] = {}
         self.deaths: Counter = Counter()
         self.shared: set[Plan] = set()
+        self.told = 0.0  # when the progress display was
         self.trouble: str | None = None
 
     # -- budget
@@ -163,7 +164,8 @@ class Campaign:
                 self._start(worker)
             while self.children and not self._over():
                 self._step()
-                self.watch(self.tally)
+                self._tell()
+            self.watch(self.tally)
             self._end_reductions()
         except KeyboardInterrupt:
             status = "interrupted"
@@ -182,6 +184,12 @@ class Campaign:
             for worker in [worker for worker in self.children if worker not in self.reducing]:
                 self.children.pop(worker).end()
             self._step()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Show how far it is, a few times a second: every case would cost as much as judging some."""
+        if time.monotonic() - self.told >= 0.25:
+            self.told = time.monotonic()
             self.watch(self.tally)
 
     def _left_as_found(self, plan: Plan, text: str) -> None:
@@ -225,8 +233,7 @@ class Campaign:
         if kind == "begin":
             self.flying[worker] = rest[0]
         elif kind == "end":
-            self.flying.pop(worker, None)
-            self._judged(worker, *rest)
+            self._judged(worker, self.flying.pop(worker), rest[0])
         elif kind == "reducing":
             self.reducing[worker] = rest[0], rest[1]
         elif kind == "failure":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -61,8 +62,8 @@ class State:
 
 def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: str, reduce: bool) -> None:
     """Judge chunks until there are none, and tell: `ready`, then `begin`, `end`, `failure`, `gap` and `done`."""
+    _prepare_jax(Path(out), name)
     state = State(pipe, load(name), seed, share, Path(out), reduce)
-    _keep_compilations(Path(out))
     lines = read_lines(Path(out) / "record.jsonl")
     state.judged = {Plan.from_json(line["plan"]) for line in lines if line["line"] == "case"}
     if not state.target.returns_lse:
@@ -156,7 +157,7 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
               "seconds": time.monotonic() - began, "compiled": state.compiled,
               "elements": judgement.verdict.judged if judgement.verdict else 0}  # fmt: skip
-    pipe.send(("end", plan, report))
+    pipe.send(("end", report))
     if judgement.bad and state.reduce and _is_news(state, judgement):
         state.reduced.append(judgement)
         pipe.send(("reducing", plan, judgement.text))
@@ -199,8 +200,14 @@ def _listen(state: State) -> None:
     state.listening = True
 
 
-def _keep_compilations(out: Path) -> None:
-    """Let workers and a resumed campaign share compiled programs through JAX's own cache, set before it is imported."""
-    import os
+def _prepare_jax(out: Path, name: str) -> None:
+    """What JAX reads when it is imported: workers and a resumed campaign share compiled programs.
 
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
+    Our XLA backend gets one thread a worker, as BLAS does: handing a small program to a pool costs as much as running
+    it. (Not the interpreters, nor what we do not know: their callbacks may need a second thread.)
+    """
+    wanted = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
+    if name == "xla":
+        wanted |= {"NPROC": "1", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+    for variable, value in wanted.items():
+        os.environ.setdefault(variable, value)

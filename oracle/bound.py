@@ -54,7 +54,7 @@ class Errors(NamedTuple):
     """How far the weights may be off: each is within a factor e^delta, after a common factor e^anchor."""
 
     delta: np.ndarray  # [E, R, G, N]
-    delta_soft: np.ndarray  # [E, R, G, N]
+    delta_soft: np.ndarray | None  # [E, R, G, N]; None where SOFT is not asked for
     sink: np.ndarray  # [E, R, G]
     anchor: np.ndarray  # [E, R, G]
 
@@ -81,7 +81,7 @@ class Analysis:
 
 def error_bound(case: Case, claim: Claim) -> np.ndarray:
     """HARD: f64 `[T, Hq, D]`, the largest error of any kernel that keeps the claim; inf where there is none."""
-    return analyse(case, claim).hard
+    return analyse(case, claim, soft=False).hard
 
 
 def soft_bound(case: Case, claim: Claim) -> np.ndarray:
@@ -91,25 +91,27 @@ def soft_bound(case: Case, claim: Claim) -> np.ndarray:
 
 def lse_bound(case: Case, claim: Claim) -> np.ndarray:
     """The largest error of a returned log-sum-exp: f64 `[T, Hq]`."""
-    return analyse(case, claim).lse_bound
+    return analyse(case, claim, soft=False).lse_bound
 
 
-def analyse(case: Case, claim: Claim) -> Analysis:
-    """The answer and all its bounds in one walk over the case."""
+def analyse(case: Case, claim: Claim, soft: bool = True) -> Analysis:
+    """The answer and all its bounds in one walk over the case; SOFT is HARD where it is not asked for."""
     output, lse = blank(case)
-    hard, soft = np.zeros(output.shape), np.zeros(output.shape)
+    hard = np.zeros(output.shape)
+    softer = np.zeros(output.shape) if soft else hard
     lse_error, vacuous = np.zeros(lse.shape), np.zeros(lse.shape, bool)
     with np.errstate(over="ignore", invalid="ignore"):  # live inf and NaN have an answer too; see verdict
         for block in blocks(case):
             solved = solve(block)
-            bounds = bound_block(block, solved, claim)
+            bounds = bound_block(block, solved, claim, soft)
             block.scatter(solved.output, output)
             block.scatter(solved.lse, lse)
             block.scatter(bounds.hard, hard)
-            block.scatter(bounds.soft, soft)
+            if soft:
+                block.scatter(bounds.soft, softer)
             block.scatter(bounds.lse, lse_error)
             block.scatter(bounds.vacuous, vacuous)
-    return Analysis(output, lse, hard, soft, lse_error, vacuous)
+    return Analysis(output, lse, hard, softer, lse_error, vacuous)
 
 
 def may_overflow(case: Case) -> np.ndarray:
@@ -122,13 +124,15 @@ def may_overflow(case: Case) -> np.ndarray:
     return found
 
 
-def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
-    """Steps 1 to 8 for one block, HARD and SOFT side by side."""
+def bound_block(block: Block, solved: Solved, claim: Claim, soft: bool = True) -> Bounds:
+    """Steps 1 to 8 for one block, HARD and (unless it is not asked for: it costs as much) SOFT side by side."""
     B = np.ceil(block.n / claim.block) + 1
-    dx, dx_soft = logit_error(block, solved, claim)
-    delta = weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
-    delta_soft = weight_error(capped_error(block, solved, dx_soft, claim), solved, B, claim)
-    errors = Errors(delta, delta_soft, sink_error(block, solved, B, claim), np.zeros_like(solved.m))
+    deltas = [
+        weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
+        for dx in logit_error(block, solved, claim, soft)
+    ]
+    sink, common = sink_error(block, solved, B, claim), np.zeros_like(solved.m)
+    errors = Errors(deltas[0], deltas[1] if soft else None, sink, common)
     bounds = assemble(block, solved, errors, B, claim)
     if not bounds.vacuous.any():
         return bounds
@@ -149,17 +153,20 @@ def bound_block(block: Block, solved: Solved, claim: Claim) -> Bounds:
 def assemble(block: Block, solved: Solved, errors: Errors, B: np.ndarray, claim: Claim) -> Bounds:
     """Steps 4 to 8: what the weights' errors do to the output."""
     n = block.n  # [E, R, 1]
-    w, w_soft = solved.p * np.expm1(errors.delta), solved.p * np.expm1(errors.delta_soft)
+    w = solved.p * np.expm1(errors.delta)
+    w_soft = None if errors.delta_soft is None else solved.p * np.expm1(errors.delta_soft)
     rho_sink = np.expm1(errors.sink)
     eta = underflow(claim, errors.anchor)
     lost = eta.shared * n / positive(solved.L)
     shared, shared_soft = shared_error(block, solved, w, w_soft, rho_sink, lost, eta)
-    own, own_soft = private_error(block, solved, solved.p + w, n, B, claim, eta)
+    own, own_soft = private_error(block, solved, solved.p + w, n, B, claim, eta, soft=w_soft is not None)
     moved = w.sum(axis=-1) + solved.pi * rho_sink + lost  # how far the denominator may move
     th, th_soft = divide_error(n, B, claim)
-    hard = divided(solved, shared + own, moved, th)
-    soft = divided(solved, shared_soft + own_soft, moved, th_soft)
-    hard, soft = (rounded(block, solved, e, n, claim) for e in (hard, np.minimum(soft, hard)))
+    inner = divided(solved, shared + own, moved, th)
+    hard = soft = rounded(block, solved, inner, n, claim)
+    if w_soft is not None:
+        inner_soft = divided(solved, shared_soft + own_soft, moved, th_soft)
+        soft = rounded(block, solved, np.minimum(inner_soft, inner), n, claim)
     lse = lse_error(solved, moved, th, claim) + errors.anchor
     return Bounds(hard, soft, lse, (moved > 0.5) & (n > 0))
 
@@ -180,7 +187,8 @@ def anchor(solved: Solved, errors: Errors) -> Errors:
     top = solved.p.argmax(axis=-1)[..., None]
     at_key = np.take_along_axis(solved.p, top, axis=-1)[..., 0] >= solved.pi
     own = np.where(at_key, np.take_along_axis(errors.delta, top, axis=-1)[..., 0], errors.sink)
-    own_soft = np.where(at_key, np.take_along_axis(errors.delta_soft, top, axis=-1)[..., 0], errors.sink)
+    delta_soft = errors.delta if errors.delta_soft is None else errors.delta_soft
+    own_soft = np.where(at_key, np.take_along_axis(delta_soft, top, axis=-1)[..., 0], errors.sink)
     sink = np.where(at_key, np.minimum(errors.sink + own, LARGEST_DELTA), 0.0)
 
     def relative(delta: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -189,7 +197,8 @@ def anchor(solved: Solved, errors: Errors) -> Errors:
         np.put_along_axis(delta, top, kept, axis=-1)
         return delta
 
-    return Errors(relative(errors.delta, own), relative(errors.delta_soft, own_soft), sink, own)
+    softer = None if errors.delta_soft is None else relative(errors.delta_soft, own_soft)
+    return Errors(relative(errors.delta, own), softer, sink, own)
 
 
 def gamma(k, u: float):
@@ -211,28 +220,28 @@ def random_in(case: Case, claim: Claim) -> float:
     return 0.0 if case.quantised else claim.u_in
 
 
-def logit_error(block: Block, solved: Solved, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
-    """Step 1: dx, the error of a scaled logit."""
+def logit_error(block: Block, solved: Solved, claim: Claim, soft: bool = True):
+    """Step 1: dx, the error of a scaled logit; then its soft form, if that is asked for."""
     case, D = block.case, block.case.head_dim
     s, u = abs(case.scale), claim.u
     steps = D + 2 + (case.k_scale is not None)
     q, k = np.abs(block.queries), np.abs(block.keys)
     factor = (1 + gamma(steps, u)) * (1 + claim.u_q) * (1 + claim.u_in) ** 2 - 1
-    factor_soft = rooted(steps, u) + LAMBDA * (claim.u_q + 2 * random_in(case, claim))
     base = 2 * u * np.abs(solved.x) + operand_underflow(block, q, k, claim)
     magnitude = block.score(q, k)
     if magnitude.max(initial=0.0) > LARGEST:
         base = np.where(magnitude > LARGEST, np.inf, base)
     magnitude *= s
+    hard = magnitude * factor + base
+    if not soft:
+        return (hard,)
     q *= q
     norm = np.sqrt(block.score(q, k * k))
-    norm *= factor_soft * s
+    norm *= (rooted(steps, u) + LAMBDA * (claim.u_q + 2 * random_in(case, claim))) * s
     norm += base
     if case.quantised:
         norm += 2 * claim.u_in * magnitude
-    magnitude *= factor
-    magnitude += base
-    return magnitude, np.minimum(norm, magnitude)
+    return hard, np.minimum(norm, hard)
 
 
 def operand_underflow(block: Block, q: np.ndarray, k: np.ndarray, claim: Claim) -> np.ndarray:
@@ -286,10 +295,11 @@ def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, lost, eta: U
     spread, spread_soft = weighted_spread(block, solved.output, w, w_soft)
     floor = (solved.pi * rho_sink + lost)[..., None] * np.abs(solved.output)
     floor += (eta.shared / positive(solved.L))[..., None] * block.value_sum
-    return spread + floor, np.minimum(LAMBDA * spread_soft, spread) + floor
+    hard = spread + floor
+    return hard, hard if spread_soft is None else np.minimum(LAMBDA * spread_soft, spread) + floor
 
 
-def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray):
+def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray | None):
     """`sum_j w |v - o|` and `sqrt(sum_j w_soft^2 (v - o)^2)`, the first from above where it would cost too much.
 
     The array of all |v - o| has one element per row, head, key and dim. Past SMALL both come from matrix
@@ -299,13 +309,14 @@ def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarr
     if w.size * v.shape[-1] <= SMALL:
         deviation = np.abs(v[:, None, None] - o[..., None, :])  # [E, R, G, N, D]
         first = np.matmul(w[..., None, :], deviation)[..., 0, :]
+        if w_soft is None:
+            return first, None
         deviation *= deviation
         return first, np.sqrt(np.matmul((w_soft * w_soft)[..., None, :], deviation)[..., 0, :])
     W = w.sum(axis=-1, keepdims=True)
     triangle = block.mix(w, block.abs_values) + np.abs(o) * W
-    return np.minimum(np.sqrt(W * second_moment(block, o, w)), triangle), np.sqrt(
-        second_moment(block, o, w_soft * w_soft)
-    )
+    first = np.minimum(np.sqrt(W * second_moment(block, o, w)), triangle)
+    return first, None if w_soft is None else np.sqrt(second_moment(block, o, w_soft * w_soft))
 
 
 def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -317,7 +328,7 @@ def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * o * block.mix(w, v) + lift, 0) + slack
 
 
-def private_error(block: Block, solved: Solved, private, n, B, claim: Claim, eta: Underflow):
+def private_error(block: Block, solved: Solved, private, n, B, claim: Claim, eta: Underflow, soft: bool = True):
     """Step 5: N, errors of the numerator alone: weights and values as rounded for P.V, and its summation."""
     u = claim.u
     u_p = 0.0 if claim.rounded_weights_in_sum else claim.u_p
@@ -328,11 +339,13 @@ def private_error(block: Block, solved: Solved, private, n, B, claim: Claim, eta
     lost = (eta.own[..., None] * block.value_sum + (eta.flushed * (n + B))[..., None]) / positive(solved.L)[..., None]
     lost = (1 + operands) * lost + claim.eta_in * private.sum(axis=-1, keepdims=True)
     hard = (operands + sums)[..., None] * magnitude + lost
+    if not soft:
+        return hard, hard
     norm = np.sqrt(block.mix(private * private, block.values * block.values))
     sums_soft = np.minimum(rooted(steps, u) + 2 * u, sums)
     u_in = random_in(block.case, claim)
-    soft = LAMBDA * (u_p + u_in) * norm + (sums_soft + claim.u_in - u_in)[..., None] * magnitude + lost
-    return hard, np.minimum(soft, hard)
+    random = LAMBDA * (u_p + u_in) * norm + (sums_soft + claim.u_in - u_in)[..., None] * magnitude + lost
+    return hard, np.minimum(random, hard)
 
 
 def divide_error(n: np.ndarray, B: np.ndarray, claim: Claim) -> tuple[np.ndarray, np.ndarray]:

@@ -333,6 +333,9 @@ def _number(value) -> str:
     return text[:-2] if text.endswith(".0") and text != "-0.0" else text
 
 
+_named = functools.lru_cache(maxsize=64)(lambda dtype: dtype.name)  # NumPy makes the name anew each time
+
+
 def _frozen(array: np.ndarray) -> np.ndarray:
     array = array.view()  # a view, so that the caller's own array stays writable
     array.flags.writeable = False
@@ -343,7 +346,7 @@ def _floats(name: str, value, rank: int, dtypes: tuple[str, ...]) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype == np.float64:  # Python lists; the contract has no float64
         array = array.astype(np.float32)
-    if array.dtype.name not in dtypes:
+    if _named(array.dtype) not in dtypes:
         raise TypeError(f"{name} has dtype {array.dtype.name}; it must be one of {', '.join(dtypes)}")
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")

@@ -230,7 +230,8 @@ def unit_values(case: Case, seed: int) -> Expectation | None:
     sees = np.zeros((case.num_tokens, 1, 1))
     for sequence in case.sequences():
         sees[sequence.start : sequence.stop, 0, 0] = sequence.positions >= 0
-    changed = case.replace(kv_pages=pages, v_scale=None)
+    scale = None if case.v_scale is None else np.ones(case.num_kv_heads, np.float32)
+    changed = case.replace(kv_pages=pages, v_scale=scale)  # kept where there is one: None is another program
 
     def ones(output: np.ndarray) -> np.ndarray:
         return np.broadcast_to(sees, output.shape).astype(output.dtype)

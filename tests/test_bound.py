@@ -154,6 +154,15 @@ def test_soft_is_never_above_hard():
         assert np.all(soft_bound(case, kernel) <= error_bound(case, kernel))
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_leaving_soft_out_changes_no_bit_of_the_rest(seed):
+    case = draw_case(seed, ("float32", "bfloat16", "float16")[seed % 3])
+    whole, hard_only = (analyse(case, default_claim(case), soft=soft) for soft in (True, False))
+    for name in ("output", "lse", "hard", "lse_bound", "vacuous"):
+        assert getattr(whole, name).tobytes() == getattr(hard_only, name).tobytes()
+    assert hard_only.soft.tobytes() == whole.hard.tobytes()
+
+
 def test_nothing_is_claimed_where_the_output_may_overflow():
     case = long_context(40, "float16", "float32")
     big = (np.asarray(case.kv_pages, np.float32) * 0 + 65504).astype(np.float16)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from fuzz.strategies import CHECKS, MODES, STYLES, expand, plans, styled
 from fuzz.stream import first_shapes
 from fuzz.worker import wanted_shapes
 
+ROOT = Path(__file__).parents[1]
 POOL = first_shapes(3, 24)
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -73,6 +78,28 @@ def test_the_second_fill_changes_nothing_a_row_sees(plan: Plan) -> None:
     assert np.isfinite(other.kv_pages[~seen].astype(np.float32)).all()
     if (~seen).any():
         assert case.kv_pages.tobytes() != other.kv_pages.tobytes()
+
+
+DRAW = """
+import hashlib, sys
+for name in sys.argv[1:]:
+    __import__(name)
+from fuzz.mutants.score import drawn
+from fuzz.plan import SMALLEST
+print(hashlib.sha256("".join(plan.to_json() for plan in drawn(7, 1600, (SMALLEST.shape,))).encode()).hexdigest())
+"""
+
+
+def test_a_seed_means_the_same_plans_whatever_the_process_has_imported(tmp_path: Path) -> None:
+    """Hypothesis mixes constants of the imported modules into what it draws; plans must not depend on them."""
+    (tmp_path / "constants.py").write_text(f"NUMBERS = {sorted(range(64, 500)) + [10**k + 7 for k in range(3, 8)]}")
+
+    def drawn_in(hash_seed: str, *imported: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", DRAW, *imported]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert drawn_in("1") == drawn_in("2", "constants", "fuzz.campaign", "fuzz.report")
 
 
 def test_the_stream_of_shapes_is_the_same_for_a_seed_and_another_for_another() -> None:

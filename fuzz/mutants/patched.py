@@ -97,12 +97,19 @@ def applied(patch: Patch) -> Iterator[Path]:
         root = Path(name)
         for package in _COPIED:
             shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
-        for name, hunks in parse(patch.path).items():
-            source = root / name
-            if not source.is_file():
-                raise PatchError(f"{patch.path.name}: there is no file {name}")
-            source.write_text(_patched(source.read_text(), hunks, patch.path.name))
+        for source, text in changed(patch).items():
+            (root / source).write_text(text)
         yield root
+
+
+def changed(patch: Patch) -> dict[str, str]:
+    """The files that a patch changes, by path from the top of the checkout, as they read with it."""
+    texts = {}
+    for name, hunks in parse(patch.path).items():
+        if not (ROOT / name).is_file():
+            raise PatchError(f"{patch.path.name}: there is no file {name}")
+        texts[name] = _patched((ROOT / name).read_text(), hunks, patch.path.name)
+    return texts
 
 
 def parse(path: Path) -> dict[str, list[tuple[str, str]]]:
