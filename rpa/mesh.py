@@ -63,8 +63,9 @@ def layout_of(mesh: Any, in_specs: Any = None) -> Layout:
     for role, place in (("heads", -1), ("sequences", 0), ("pages", 0)):
         if nameless and role not in roles:
             roles[role] = (nameless.pop(place),)
-    if nameless:
-        raise ValueError(f"mesh axis {nameless[0]!r} has nothing left to split: give in_specs")
+    idle = next((axis for axis in nameless if mesh.shape[axis] > 1), None)
+    if idle is not None:
+        raise ValueError(f"mesh axis {idle!r} has nothing left to split: give in_specs")
     return Layout(mesh, **roles)
 
 

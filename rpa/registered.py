@@ -21,6 +21,7 @@ from rpa.signature import Inputs, Signature
 
 # What tunes a kernel and does not change its answer: two kernels may differ in these.
 _TUNING = ("num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes", "num_warps", "num_stages")
+_LATER = ("return_lse", "k_scale", "v_scale")  # not the seed's; a call that needs them is refused without
 _FACTS = ("supports", "heuristic", "candidates", "claim")
 
 
@@ -129,7 +130,8 @@ class KernelRegistry:
     def validate_signatures(self, algorithm: str | None = None, verbose: bool = False) -> bool:
         """Whether an algorithm's kernels (all algorithms' without a name) agree in names, kinds and defaults.
 
-        Tuning parameters may differ. A difference is a warning that names the kernel and the parameter.
+        Tuning parameters may differ, and what the seed's kernels do not know may be missing. A difference is a
+        warning that names the kernel and the parameter.
         """
         if algorithm is None:
             return all([self.validate_signatures(name, verbose) for name in self.list_algorithms()])
@@ -159,6 +161,7 @@ def _differences(first: KernelSpec, other: KernelSpec) -> list[str]:
         f"{first.platform}/{first.backend}"
         for name in {**ours, **theirs}
         if name not in _TUNING and ours.get(name) != theirs.get(name)
+        if not (name in _LATER and None in (ours.get(name), theirs.get(name)))
     ]
 
 

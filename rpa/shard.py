@@ -1,4 +1,4 @@
-"""One call over a mesh: heads and sequences split without changing a bit, pages split and merged by their LSE.
+"""One call over a mesh: heads and sequences split without a sum that would round, pages merged by their LSE.
 
 Heads: every device holds its query heads and the kv heads they read; nothing is exchanged. Sequences: every device
 sees all metadata and keeps a contiguous, equally heavy range of sequences, so the static shapes, and with them the
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpa import device as devices
 from rpa import layout, select
@@ -96,15 +96,19 @@ def _program(
 
     heads = plan.heads or None
     natural = PartitionSpec(None, heads, None), PartitionSpec(None, heads) if signature.return_lse else None
-    sharded = jax.shard_map(
-        body, mesh=plan.mesh, in_specs=(_specs(signature, plan),), out_specs=natural, check_vma=check_vma
-    )
+    specs = _specs(signature, plan)
+    sharded = jax.shard_map(body, mesh=plan.mesh, in_specs=(specs,), out_specs=natural, check_vma=check_vma)
+
+    explicit = AxisType.Explicit in plan.mesh.axis_types  # as `jax.make_mesh` has them: their types hold shardings
+    put = jax.sharding.reshard if explicit else lax.with_sharding_constraint
+
+    def laid(arrays: Any, specs: Any) -> Iterator[Any]:
+        for array, spec in zip(arrays, specs, strict=True):
+            yield array if array is None or spec is None else put(array, NamedSharding(plan.mesh, spec))
 
     def over_mesh(inputs: Inputs) -> Any:
-        return tuple(
-            array if spec is None else lax.with_sharding_constraint(array, NamedSharding(plan.mesh, spec))
-            for array, spec in zip(sharded(inputs), wanted, strict=True)
-        )
+        found = sharded(Inputs(*laid(inputs, specs)) if explicit else inputs)
+        return tuple(laid(found, wanted))
 
     return jax.jit(over_mesh)
 

@@ -21,7 +21,7 @@ if sys.argv[1] != "0":
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
@@ -93,14 +93,16 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     arrays, options = make(scenario)
     shape = scenario["mesh"]
     sizes = tuple(shape.values())
-    mesh = Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), tuple(shape))
+    types = (AxisType.Explicit if scenario.get("explicit") else AxisType.Auto,) * len(sizes)
+    mesh = Mesh(np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes), tuple(shape), axis_types=types)
     if scenario.get("poison"):  # what no row sees may hold anything
         clean = Case(*arrays, **{**options, "compute_dtype": jnp.dtype(options["compute_dtype"]).name})
         arrays = (arrays[0], nan_fill(clean).kv_pages, *arrays[2:])
     specs = scenario.get("specs")
     specs = specs and tuple(PartitionSpec(*spec) for spec in specs)
     try:
-        got = answer(scenario, arrays, options, mesh=mesh, in_specs=specs)
+        out = PartitionSpec(*scenario["out"]) if "out" in scenario else None
+        got = answer(scenario, arrays, options, mesh=mesh, in_specs=specs, out_specs=out)
     except (ValueError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     got = tuple(whole(array) for array in got)

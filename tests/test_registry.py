@@ -199,6 +199,11 @@ def test_kernels_of_another_algorithm_are_kept_apart(add):
     assert kernel_registry.validate_signatures()
 
 
+def test_a_kernel_with_the_seeds_parameters_agrees_with_ours(add):
+    add(_kernel(7), "cuda", "any", priority=1)
+    assert kernel_registry.validate_signatures(ALGORITHM)
+
+
 def test_differing_signatures_are_named_in_a_warning(add):
     add(lambda queries, window=3: queries, "cuda", "any")
     with warnings.catch_warnings(record=True) as caught:

@@ -28,7 +28,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sequences": {"mesh": {"data": 8}},
     "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0, "sliding_window": 6}},
     "inside jit, spoiled, sequences": {
-        "mesh": {"data": 4}, "jit": True,
+        "mesh": {"data": 4}, "jit": True, "explicit": True,
         "spoil": [["context_lens", 1, 10**6], ["block_tables", [4, 0], -7], ["context_lens", 3, -1]],
     },
 }  # fmt: skip
@@ -42,6 +42,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "inside jit, spoiled offsets, all three": {
         "mesh": {"dp": 2, "tp": 2, "cp": 2}, "jit": True, "spoil": [["query_start_loc", 2, 40]],
     },
+    "axes that say how arrays lie": {"mesh": {"dp": 2, "tp": 4}, "explicit": True, "out": [None, "tp", None]},
     "one by eight": {"mesh": {"data": 1, "model": 8}, "hq": 16, "hkv": 8},
     "eight by one": {"mesh": {"x": 8, "y": 1}},
     "names nobody knows": {"mesh": {"x": 2, "y": 4}},
@@ -64,7 +65,7 @@ SLOW: dict[str, dict[str, Any]] = {
         "options": {"sliding_window": 100},
     },
     "pages under a window, spoiled": {
-        "mesh": {"dp": 2, "cp": 4}, "jit": True, "options": {"sliding_window": 6},
+        "mesh": {"dp": 2, "cp": 4}, "jit": True, "explicit": True, "options": {"sliding_window": 6},
         "spoil": [["block_tables", [4, 6], -7], ["block_tables", [0, 0], 10**6], ["context_lens", 3, -1]],
     },
     "pages and sequences": {"mesh": {"dp": 2, "pages": 4}, "queries": [1, 1, 1], "contexts": [32, 1, 17]},
@@ -264,7 +265,8 @@ def test_shares_add_up_to_the_whole():
     local = local_signature(registry.TYPICAL, layout_of(many))
     assert (local.num_q_heads, local.num_kv_heads) == (1, 1)
     with pytest.raises(ValueError, match="'z' has nothing left to split"):
-        layout_of(_mesh(x=1, y=1, z=1, w=1))
+        layout_of(_mesh(x=1, y=1, z=2, w=1))
+    assert layout_of(_mesh(x=2, y=1, z=1, w=4)).label == "heads:4,sequences:2"
 
 
 def test_a_mesh_is_never_ignored():
