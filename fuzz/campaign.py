@@ -378,7 +378,7 @@ def _leave_case(folder: Path, plan: Plan, target: str, what: str) -> None:
 
 def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None) -> dict[str, Any]:
     """The campaign in one JSON object."""
-    pairs, possible = tally.pairs()
+    (pairs, possible), (triples, possible_triples) = tally.pairs(), tally.coverage.triple_share()
     return {
         "status": status, "exit": EXIT[status], "target": settings.target, "seed": settings.seed,
         "cases": tally.cases, "verified": tally.verified, "failed": tally.failed, "vacuous": tally.vacuous,
@@ -388,6 +388,7 @@ def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, troub
         "cases_per_second": round(tally.cases / tally.seconds, 1) if tally.seconds else None,
         "compilations": sum(tally.compiled.values()), "sessions": tally.session,
         "pairs": {"seen": pairs, "possible": possible},
+        "triples": {"seen": triples, "possible": possible_triples},
         "accepts_illegal": tally.accepted, "waiver_complaints": ledger.complaints(), "trouble": trouble,
         "failures": [
             {k: f[k] for k in ("id", "kind", "text", "diagnosis", "family", "plan")} for f in tally.failures.values()

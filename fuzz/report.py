@@ -26,8 +26,8 @@ _HEADLINE = {
 
 def write(out: Path, whole: dict[str, Any], tally: Tally) -> None:
     """Write `report.md` and `report.html` from a campaign's summary and record."""
-    seen, possible = tally.coverage.triple_share()
-    triples = f"{seen} of {possible} triples" if tally.cases else ""
+    tried = whole["triples"]
+    triples = f"{tried['seen']:,} of {tried['possible']:,} triples" if tally.cases else ""
     write_atomically(out / "report.md", lambda draft: draft.write_text(markdown(whole, triples)))
     text = page(whole, tally, triples, _failures(out, whole), _kills(out))
     write_atomically(out / "report.html", lambda draft: draft.write_text(text))

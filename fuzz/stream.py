@@ -65,7 +65,7 @@ def shape_of(choice: Choice, jitter: int = 0) -> Shape:
     slots = min(slots, max(48, 24_000 // (choice["kv_heads"] * choice["head_dim"] * 2)))
     head_dim = choice["head_dim"]
     return Shape(
-        tokens=tokens + jitter % 4,
+        tokens=tokens + jitter % (8 if choice["tier"] == "wide" else 4),
         seqs=seqs,
         pages=max(2, -(-slots // page)) + 2,
         pages_per_seq=per_seq,

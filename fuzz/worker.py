@@ -27,7 +27,7 @@ from fuzz.stream import shapes
 from fuzz.targets import Target, load
 
 FIRST_SHAPES, CASES_A_SHAPE = 12, 450  # with the relations that compile, 40 compilations in the first 10,000 cases
-SETTLED, CASES_A_LATER_SHAPE = 10_000, 270  # and as many in the next
+SETTLED, CASES_A_LATER_SHAPE = 10_000, 300  # and as many in the next
 MOST_SHAPES = 1000
 CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
