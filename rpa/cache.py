@@ -137,7 +137,7 @@ class PersistentCache:
 
     def merge(self, added: Mapping[str, Any], *, replace: bool = False) -> bool:
         """Write `added` over the file's entries (with `replace`, instead of them); False, with a warning, if not."""
-        path = self.path
+        path = Path(os.path.realpath(self.path))  # a link stays one
         try:
             from filelock import FileLock
 

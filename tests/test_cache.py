@@ -296,6 +296,23 @@ def test_a_damaged_table_that_ships_is_a_warning_and_a_miss(tmp_path, monkeypatc
     stores.shipped.cache_clear()
 
 
+def test_what_is_no_file_is_neither_opened_nor_replaced(store):
+    os.mkfifo(store.path)  # opening it would wait for a writer for ever
+    with pytest.warns(RuntimeWarning, match="it is no file"):
+        assert store.get("d", "o", "k") is None
+    with pytest.warns(RuntimeWarning, match=r"are not stored.*it is no file"):
+        store.put("d", "o", "k", CFG)
+    assert store.path.is_fifo()
+
+
+def test_a_link_goes_on_pointing_at_the_file(store, tmp_path):
+    (tmp_path / "real").mkdir()
+    store.path.symlink_to(tmp_path / "real" / "table.json")
+    store.put("d", "o", "k", CFG)
+    assert PersistentCache("op", tmp_path / "real" / "table.json").get("d", "o", "k") == CFG
+    assert store.path.is_symlink()
+
+
 def test_a_folder_as_path_holds_the_file(tmp_path):
     assert PersistentCache("op", tmp_path).path == tmp_path / "op.json"
 
