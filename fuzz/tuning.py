@@ -27,14 +27,17 @@ class Outcome:
     shipped: dict[str, Any] = field(default_factory=dict)
 
 
+def distinct(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each key: what serves one serves all."""
+    return list({_likeness(cell): cell for cell in reversed(cells)}.values())[::-1]
+
+
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
     """Tune every cell until `end` (`time.time()`), in the order in which they get done.
 
-    Cells that share a key are tuned once, the first of them. Several workers compile and judge side by side and take
-    turns on the device.
+    Several workers compile and judge side by side and take turns on the device.
     """
-    firsts = list({_likeness(cell): cell for cell in reversed(cells)}.values())[::-1]
-    jobs = [(cell, platform, iters, end, max(1, -(-(len(firsts) - i) // workers))) for i, cell in enumerate(firsts)]
+    jobs = [(cell, platform, iters, end, max(1, -(-(len(cells) - i) // workers))) for i, cell in enumerate(cells)]
     if workers == 1:
         yield from map(_tune, jobs)
         return
@@ -79,6 +82,8 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     except TuningFailed as error:
         return Outcome(cell.name, f"no usable config\n{error}")
     report = tuner.history[-1]
+    if not report.decided:  # stored, it would keep later runs from looking further
+        return Outcome(cell.name, f"undecided: too little time to compare; {summary(report)}")
     note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
     stored = {"|".join(query.triple): _entry(winner, note)}
     # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from oracle import Case, Claim, judge, visible
+from oracle import Case, Claim, visible
+from oracle.bound import Analysis, analyse
+from oracle.verdict import compare
 
 _WORK = 3e8  # multiplications the oracle may spend on one candidate, a second or two
 _ROWS = 24
@@ -26,16 +28,29 @@ def verify(program: Any, args: tuple[Any, ...], output: Any) -> str | None:
     (inputs,) = args
     signature = program.signature
     answer, lse = output
-    rows, case = sample(inputs, signature)
-    if case is not None:
+    rows, case, analysis = _analysed(inputs, signature, Claim(**program.claim()))
+    if case is not None and analysis is not None:
         part = np.asarray(answer[rows])
-        verdict = judge(case, part, Claim(**program.claim()), None if lse is None else np.asarray(lse[rows]))
+        verdict = compare(case, analysis, part, None if lse is None else np.asarray(lse[rows]))
         if verdict.status == "fail":
             return f"{len(rows)} rows judged by the oracle: {verdict.text}"
     stop = int(np.asarray(inputs.query_start_loc)[int(np.asarray(inputs.num_seqs)[0])])
     if stop < signature.num_tokens and np.asarray(answer[stop:]).astype(np.float32).any():
         return f"rows {stop} and on belong to nobody and are not 0"
     return None
+
+
+_last: dict[Any, Any] = {}  # one tuning run's rows and case, and an analysis a claim: its candidates share them
+
+
+def _analysed(inputs: Any, signature: Any, claim: Claim) -> tuple[np.ndarray, Case | None, Analysis | None]:
+    if _last.get("inputs") is not inputs:
+        _last.clear()
+        _last.update(inputs=inputs, sample=sample(inputs, signature))
+    rows, case = _last["sample"]
+    if case is not None and claim not in _last:
+        _last[claim] = analyse(case, claim)
+    return rows, case, _last.get(claim)
 
 
 def sample(inputs: Any, signature: Any) -> tuple[np.ndarray, Case | None]:

@@ -52,6 +52,12 @@ class Report:
     reason: str
     trials: tuple[Trial, ...]
 
+    @property
+    def decided(self) -> bool:
+        """Whether there was time for more than one candidate, or there is only one."""
+        counts = self.counts()
+        return counts["timed"] > 1 or "out of budget" not in counts
+
     def counts(self) -> dict[str, int]:
         return dict(Counter(trial.status for trial in self.trials))
 
@@ -123,6 +129,9 @@ class Tuner:
 
     def _admit(self, trial: Trial, trials: list[Trial], fn: Any, args: tuple, kwargs: dict) -> tuple[str, str]:
         """Compile, compare with what is there already, run and judge one candidate: its status and the reason."""
+        platform = getattr(trial.config, "platform", None)  # its block sizes do not make up for ten times
+        if platform and any(t.status == "hopeless" and t.config.platform == platform for t in trials):
+            return "hopeless", f"another config of platform={platform!r} was"
         try:
             lowered = _jitted(fn).lower(*args, **kwargs)
             text = lowered.as_text().replace(getattr(fn, "label", "\0"), "")  # the label names the config

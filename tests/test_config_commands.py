@@ -89,6 +89,8 @@ def test_a_store_that_cannot_be_written_is_said_without_a_traceback(tmp_path):
     code, text = _rpa("cache", "import", tmp_path / "in.json")
     assert (code, "warning: " in text, "Traceback" in text) == (2, True, False), text
     assert _rpa("cache", "export", tmp_path)[0] == 2
+    code, text = _rpa("tune", "--only", "tiny.full/b4x1k")  # before any time is spent
+    assert (code, "are not stored" in text, "tuned" in text) == (2, True, False), text
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def test_a_store_that_cannot_be_written_is_said_without_a_traceback(tmp_path):
         (("explain", "--tokens", "0"), "greater than or equal to 1"),
         (("tune", "--budget", "soon"), "90, 90s, 10m or 2h is expected"),
         (("tune", "--budget", "0", "--only", "tiny.full/b4x1k"), "nothing was tuned"),
-        (("tune", "--only", "nosuch"), "no cell has such a name"),
+        (("tune", "--only", "nosuch"), "no cell has such a name; they begin with"),
+        (("tune", "--only", "tiny.full/b4x1k", "--table", "/dev/full/table.json"), "a file in an existing folder"),
         (("tune", "--platform", "fpga"), "platform='fpga'"),
         (("tune", "--table", "/nosuch/table.json"), "a file in an existing folder is expected"),
         (("tune", "--workers", "0"), "greater than or equal to 1"),

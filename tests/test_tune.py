@@ -177,6 +177,23 @@ def test_a_candidate_ten_times_slower_is_not_even_timed():
     assert "11 s" in report.trials[1].detail
 
 
+def test_one_hopeless_config_of_a_platform_speaks_for_the_others():
+    clock = Clock()
+    configs = [RaggedPageAttentionv2Config(num_warps=n, platform=name) for name in ("triton", "xla") for n in (1, 2)]
+    programs = {cfg: Fake(clock, 1.0 if cfg.platform == "triton" else 11.0) for cfg in configs}
+    _, report = _tune(programs, clock, budget=1e9)
+    assert report.counts() == {"timed": 2, "hopeless": 2}
+    assert programs[configs[3]].calls == 0
+
+
+def test_a_run_cut_short_before_it_compared_anything_decides_nothing():
+    clock = Clock()
+    programs = {name: Fake(clock, 1.0, compile_seconds=60.0) for name in range(3)}
+    assert not _tune(programs, clock, budget=100.0)[1].decided
+    assert _tune(programs, clock, budget=1e9)[1].decided
+    assert _tune({"only": Fake(clock, 1.0)}, clock, budget=1e9)[1].decided
+
+
 def test_batches_are_timed_in_turn():
     seen = []
 

@@ -7,6 +7,8 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +22,15 @@ _Platform = Annotated[str, typer.Option(help="auto, xla, triton, pallas or cuda.
 def _fail(text: str) -> typer.Exit:
     print(f"error: {text}", file=sys.stderr)
     return typer.Exit(USAGE)
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """What the store warns of, without the place in the source."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
 
 
 # ------------------------------------------------------------------ explain
@@ -102,7 +113,8 @@ def tune(
     if workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
     try:
-        count = _tune_cells(end, only or [], platform, iters, workers, table)
+        with _told_plainly():
+            count = _tune_cells(end, only or [], platform, iters, workers, table)
     except ValueError as error:
         raise _fail(str(error)) from None
     if not count:
@@ -120,18 +132,21 @@ def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers:
     from rpa.validate import platform_of
 
     platform_of(platform)
-    cells = [cell for cell in cells_for(current().platform) if all(text in cell.name for text in only)]
+    known = cells_for(current().platform)
+    cells = tuning.distinct([cell for cell in known if all(text in cell.name for text in only)])
     if not cells:
-        raise ValueError(f"--only {' --only '.join(only)}: no cell has such a name; `rpa bench` lists them")
-    console, count, path = Console(), 0, None
+        kinds = ", ".join(dict.fromkeys("/".join(cell.name.split("/")[:2]) for cell in known))
+        raise ValueError(f"--only {' --only '.join(only)}: no cell has such a name; they begin with {kinds}")
+    console, count, path = Console(), 0, tuning.store(tuning.Outcome("", ""), table)
+    if path is None:  # said now rather than after the first winner
+        raise typer.Exit(USAGE)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("tuning", total=None)
+        task = progress.add_task("tuning", total=len(cells))
         for done in tuning.each(cells, platform, iters, end, workers):
             console.print(f"{done.cell}: {done.text}", highlight=False, markup=False, soft_wrap=True)
             progress.update(task, description=done.cell, advance=1)
             if done.stored:
-                path = tuning.store(done, table)
-                if path is None:
+                if tuning.store(done, table) is None:
                     raise typer.Exit(USAGE)
                 count += 1
     if count:
@@ -152,11 +167,9 @@ def _store() -> Any:
 
 
 @cache.callback()
-def _tell_plainly(context: typer.Context) -> None:
+def _cache(context: typer.Context) -> None:
     """The store of tuned configs: show, clear, export, import."""
-    context.with_resource(warnings.catch_warnings())  # what the store warns of, without the place in the source
-    warnings.simplefilter("always")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    context.with_resource(_told_plainly())
 
 
 @cache.command()
