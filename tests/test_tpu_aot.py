@@ -45,8 +45,6 @@ LIMITS = {
 LLAMA = ("llama_page16", "llama_page32", "llama_page128")
 # A TPU cannot load f16, so XLA reinterprets those pages as int16: a copy of the cache a call.
 COPIED = ("f16", "f16_in_f32")
-# v5e and v6e have no instruction for e4m3: Mosaic's conversion takes 18 a register, where e5m2 and int8 take 3 on v6e.
-MISSED = pytest.mark.xfail(strict=True, reason="e4m3 is converted in software on v5e and v6e: slower than bf16 pages")
 # A serving shape must compile within these on a chip: CPU seconds and resident bytes of the whole process.
 COMPILE_SECONDS, COMPILE_MIB = 30, 1024
 
@@ -124,11 +122,7 @@ def test_recorded_budget(chip, shape):
 
 @pytest.mark.parametrize(
     ("chip", "shape"),
-    [
-        pytest.param(chip, shape, marks=[MISSED] * ((chip, shape) in (("v6e", "fp8_e4m3"), ("v5e", "fp8_e4m3"))))
-        for chip, shape in ROWS
-        if shape in ("fp8_e4m3", "fp8_e5m2", "int8") and chip in LIMITS
-    ],
+    [(chip, shape) for chip, shape in ROWS if shape in ("fp8_e4m3", "fp8_e5m2", "int8") and chip in LIMITS],
 )
 def test_narrow_pages_cost_fewer_bundles_than_they_save_in_bytes(chip, shape):
     """Half the bytes of a block; the conversion must not eat the cycles that HBM no longer needs."""

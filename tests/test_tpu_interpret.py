@@ -159,6 +159,16 @@ def test_half_bits_become_the_same_numbers():
     assert same.all(), bits[~same][:5]
 
 
+def test_every_e4m3_code_becomes_its_sixteenths():
+    """All 256, in every byte of a word beside every other code: the sign of zero may go, NaN may not."""
+    codes = np.arange(256, dtype=np.uint8)
+    pairs = np.stack(np.meshgrid(codes, codes), axis=-1).reshape(-1, 2)
+    bits = np.concatenate([pairs, pairs[::-1]], axis=1).T  # four rows: a column is a word
+    stored = bits.view(jax.numpy.float8_e4m3fn)
+    got = np.asarray(jax.jit(operands.from_e4m3)(stored)).astype(np.float32)
+    np.testing.assert_array_equal(got * np.float32(16), stored.astype(np.float32))  # -0 == 0, NaN == NaN
+
+
 def test_rounding_to_half_is_the_nearest_even():
     """Values around every half, their midpoints and neighbours, overflow, subnormals and NaN, against NumPy."""
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)

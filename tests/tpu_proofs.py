@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import jax
 import numpy as np
@@ -29,6 +31,11 @@ PROOFS: dict[str, Callable[[], Case]] = {
         (3, 1), (150, 140), Shape(page=4, pages_per_seq=40, pages=80), dtype="bfloat16", compute_dtype="bfloat16",
     ),
     "wide": lambda: build((3,), (150,), Shape(pages_per_seq=160, page=1, pages=170)),
+    # e4m3 of another exponent bias, with zeros of both signs among keys and values.
+    "narrow": lambda: negative_zeros(
+        build(*LAYOUT, Shape(seqs=7, page=2, pages_per_seq=12, pages=80), dtype="bfloat16", kv_dtype="float8_e4m3fn",
+              compute_dtype="bfloat16", k_scale=0.5, v_scale=1.7)
+    ),
     # Nothing asked of the numbers that the others do not ask: which pages are fetched, and on which semaphore.
     "visible": lambda: build(*LAYOUT, Shape(seqs=7, page=2, pages_per_seq=12, pages=80)),
 }  # fmt: skip
@@ -36,40 +43,56 @@ PROOFS: dict[str, Callable[[], Case]] = {
 CONFIGS = {"pieces": {"num_kv_pages_per_block": 64}}
 
 
+def negative_zeros(case: Case) -> Case:
+    """The case with -0 in a column of every key and value."""
+    pages = np.array(case.kv_pages)
+    pages[..., 3] = -0.0
+    return case.replace(kv_pages=pages)
+
+
 def prove(name: str, mode: str) -> None:
     """Raise where the kernel is wrong, leaves a semaphore, races, or fetches a page that no row sees."""
     case = nan_fill(PROOFS[name]())
     fetched: list[int] = []
-    if name == "visible":
-        record_pages(fetched)
-        check_semaphores()
     cfg = tpu.config_of(case, **CONFIGS[name]) if name in CONFIGS else None
-    output, lse = tpu.run(case, mode, cfg=cfg, detect_races=mode == "eager")
+    with watched(fetched) if name == "visible" else contextlib.nullcontext():
+        output, lse = tpu.run(case, mode, cfg=cfg, detect_races=mode == "eager")
     verdict = judge(case, output, tpu.claim_of(case), lse)
     assert verdict.status == "pass", verdict.text
     if name == "visible":
         assert sorted(fetched) == visible_pages(case), "a page that no row sees was fetched"
 
 
-def record_pages(fetched: list[int]) -> None:
-    """Make the kernel note every page it asks for."""
-    original = transfers.page_copy
+@contextlib.contextmanager
+def watched(fetched: list[int]) -> Iterator[None]:
+    """Within it every page that the kernel asks for is noted, and every semaphore looked at; not after it."""
+    patches = (
+        mock.patch.object(transfers, "page_copy", recording(transfers.page_copy, fetched)),
+        mock.patch.object(pltpu, "make_async_copy", checking(pltpu.make_async_copy)),
+    )
+    with patches[0], patches[1]:
+        jax.clear_caches()
+        yield
+        jax.effects_barrier()  # a page is noted by a callback, which the outputs do not wait for
+    jax.clear_caches()
+
+
+def recording(original: Callable, fetched: list[int]) -> Callable:
+    """`page_copy` that notes the page."""
 
     def recorded(refs, source, slot, page):
         jax.debug.callback(lambda s: fetched.append(int(s)), source)
         return original(refs, source, slot, page)
 
-    transfers.page_copy = recorded
-    jax.clear_caches()
+    return recorded
 
 
-def check_semaphores() -> None:
+def checking(original: Callable) -> Callable:
     """Make every transfer into or out of a ring of buffers use the semaphore of the buffer it touches.
 
     Looked at while the kernel is traced: with a semaphore for all of them the interpreter's numbers stay right, since
     it completes transfers in the order they were started, which a TPU does not promise.
     """
-    original = pltpu.make_async_copy
 
     def checked(source, target, semaphore):
         slot = semaphore.transforms[0].indices[0]
@@ -81,7 +104,7 @@ def check_semaphores() -> None:
             assert place is slot or str(place) == str(slot), f"buffer {place} waits on semaphore {slot}"
         return original(source, target, semaphore)
 
-    pltpu.make_async_copy = checked
+    return checked
 
 
 def visible_pages(case: Case) -> list[int]:

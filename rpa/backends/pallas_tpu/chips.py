@@ -22,23 +22,24 @@ class Chip:
     bandwidth: float  # HBM bytes a second
     clock: float  # hertz, derived from the peak rates
     cores: int  # TensorCores that one program's parallel grid axis is spread over
+    e4m3_bias_11: bool  # converts e4m3 of that exponent bias, and not the e4m3fn of the pages
 
 
 # From the public specifications, as JAX's own table of chips has them.
 CHIPS = {
-    "TPU v4": Chip("v4", 16 * MIB, 0.61e12, 1.05e9, 2),
-    "TPU v5 lite": Chip("v5e", 128 * MIB, 0.82e12, 1.5e9, 1),
-    "TPU v5e": Chip("v5e", 128 * MIB, 0.82e12, 1.5e9, 1),
-    "TPU v5": Chip("v5p", 64 * MIB, 1.23e12, 1.75e9, 2),
-    "TPU v5p": Chip("v5p", 64 * MIB, 1.23e12, 1.75e9, 2),
-    "TPU v6 lite": Chip("v6e", 128 * MIB, 1.64e12, 1.75e9, 1),
-    "TPU v6e": Chip("v6e", 128 * MIB, 1.64e12, 1.75e9, 1),
-    "TPU7": Chip("tpu7x", 64 * MIB, 3.7e12, 2.2e9, 1),
-    "TPU7x": Chip("tpu7x", 64 * MIB, 3.7e12, 2.2e9, 1),
+    "TPU v4": Chip("v4", 16 * MIB, 0.61e12, 1.05e9, 2, False),
+    "TPU v5 lite": Chip("v5e", 128 * MIB, 0.82e12, 1.5e9, 1, True),
+    "TPU v5e": Chip("v5e", 128 * MIB, 0.82e12, 1.5e9, 1, True),
+    "TPU v5": Chip("v5p", 64 * MIB, 1.23e12, 1.75e9, 2, True),
+    "TPU v5p": Chip("v5p", 64 * MIB, 1.23e12, 1.75e9, 2, True),
+    "TPU v6 lite": Chip("v6e", 128 * MIB, 1.64e12, 1.75e9, 1, True),
+    "TPU v6e": Chip("v6e", 128 * MIB, 1.64e12, 1.75e9, 1, True),
+    "TPU7": Chip("tpu7x", 64 * MIB, 3.7e12, 2.2e9, 1, False),
+    "TPU7x": Chip("tpu7x", 64 * MIB, 3.7e12, 2.2e9, 1, False),
 }
 TOO_OLD = ("TPU v2", "TPU v3", "TPU v4 lite")
 # A chip nobody described: the smallest of the known ones is safe.
-UNKNOWN = Chip("an unknown TPU", 16 * MIB, 1.0e12, 1.5e9, 1)
+UNKNOWN = Chip("an unknown TPU", 16 * MIB, 1.0e12, 1.5e9, 1, False)
 # From asking for a page to its last byte, assumed; buffers must cover it at full bandwidth.
 LATENCY = 1.5e-6
 # What the kernel takes when the caller sets no limit, the rest being XLA's, to prefetch weights into; and what it may
@@ -183,7 +184,8 @@ def plan_of(signature: Signature, device: Device, config: RaggedPageAttentionv2C
             num_queries_per_block=config.num_queries_per_block or known.num_queries_per_block,
             num_stages=config.num_stages or known.num_stages,
         )
-    return plans.make(signature, config, of(device).cores)
+    chip = of(device)
+    return plans.make(signature, config, chip.cores, chip.e4m3_bias_11)
 
 
 def refusal(signature: Signature, device: Device) -> str | None:

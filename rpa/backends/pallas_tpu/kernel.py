@@ -164,7 +164,9 @@ def _as_words(stored, plan: Plan):
     """[tokens, word_rows, head_dim] of words from [tokens, 2 * heads, head_dim] as stored."""
     if not plan.paired:
         return stored
-    if plan.kv_dtype != "float16":  # float16 comes as int16: its bits travel, `half` widens them
+    if plan.unit != 1.0:
+        stored = operands.from_e4m3(stored.reshape(-1, plan.head_dim)).reshape(stored.shape)
+    elif plan.kv_dtype != "float16":  # float16 comes as int16: its bits travel, `half` widens them
         stored = stored.astype(jnp.bfloat16)  # fp8 and int8 values are all bf16 values
     return pltpu.bitcast(stored, jnp.uint32)
 
@@ -202,7 +204,7 @@ def _close(m, l, sink, plan: Plan):
         m, blind = top, sink
     seen = l > 0.0
     sums = jnp.where(seen, sums, 1.0)
-    return jnp.where(seen, keep / sums, 0.0), jnp.where(seen, m * LN2 + jnp.log(sums), blind)
+    return jnp.where(seen, keep / sums * plan.unit, 0.0), jnp.where(seen, m * LN2 + jnp.log(sums), blind)
 
 
 # ------------------------------------------------ one row: decode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from rpa.backends.pallas_tpu.plan import Plan
 from rpa.backends.pallas_tpu.transfers import Refs
@@ -65,6 +66,19 @@ def half(bits):
     wide = lax.bitcast_convert_type((magnitude << 13) | 0x7F800000, jnp.float32)
     value = jnp.where(magnitude < 0x400, tiny, jnp.where(magnitude >= 0x7C00, wide, normal))
     return jnp.where(bits >= 0x8000, -value, value)
+
+
+def from_e4m3(stored):
+    """e4m3fn bytes [rows, columns], rows a multiple of 4, as bf16 sixteenths of their values.
+
+    TPUs before the 7th convert e4m3 with an exponent bias of 11, not 7, hence the sixteenths. Three of its 256 codes
+    mean something else: 0x80 is NaN, not -0; 0x7F and 0xFF are 30, not NaN. They are exchanged four bytes at a time.
+    """
+    word = pltpu.bitcast(stored, jnp.uint32)
+    size = word & 0x7F7F7F7F
+    nan = ((size + 0x01010101) >> 7) & 0x01010101  # 1 in a byte of 0x7F, which it makes 0x80
+    sign = (word ^ size) & (size + 0x7F7F7F7F)  # of what is not zero
+    return pltpu.bitcast(sign | (size + nan), jnp.float8_e4m3b11fnuz).astype(jnp.bfloat16)
 
 
 def dot(a, b, contract: tuple[int, int], plan: Plan):

@@ -11,6 +11,8 @@ from rpa.signature import Signature
 LANES = 128
 SUBLANES = 8
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+# e4m3fn over e4m3 of the same bits with an exponent bias of 11.
+E4M3_UNIT = 16.0
 # What a config's options may hold: tokens unpacked by one piece of code, cores that share the tiles.
 OPTIONS = ("unpack_tokens", "cores")
 # Table entries that one transfer brings to SMEM; a block's entries never straddle two transfers.
@@ -46,7 +48,7 @@ class Plan:
     q_dtype: str  # what queries and output are stored in: float32 or bfloat16
     kv_dtype: str
     dots: str  # what dot operands are rounded to: bfloat16, float16 or float32
-    scale: float
+    scale: float  # of the dots of queries and keys as `operands` gives them
     cap: float | None
     window: int | None
     sinks: bool
@@ -58,6 +60,7 @@ class Plan:
     buffers: int  # KV blocks in VMEM: one computed on, the others on their way
     unpack_tokens: int  # tokens unpacked by one straight-line piece of code
     cores: int  # TensorCores that share the tiles
+    unit: float  # what 1 among the keys and values that `operands` gives is worth
     slices: int  # table transfers a sequence's row is cut into
 
     @property
@@ -160,7 +163,7 @@ def conflict_free(rows: int) -> int:
     return rows + 1 if rows % SUBLANES == 0 else rows
 
 
-def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) -> Plan:
+def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int, e4m3_bias_11: bool) -> Plan:
     """The plan of a call; every field of `config` that this kernel knows must be set.
 
     Raises:
@@ -182,6 +185,9 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
     unknown = [name for name, _ in config.options if name not in OPTIONS]
     if unknown:
         raise ValueError(f"option {unknown[0]!r}: the TPU kernel knows {' and '.join(OPTIONS)}")
+    # By hand only where a token's bytes fill whole words.
+    by_hand = e4m3_bias_11 and signature.kv_dtype == "float8_e4m3fn" and signature.num_kv_heads % 2 == 0
+    unit = E4M3_UNIT if by_hand else 1.0
     return Plan(
         q_heads=signature.num_q_heads,
         heads=signature.num_kv_heads,
@@ -190,7 +196,7 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         q_dtype="float32" if signature.q_dtype == "float16" else signature.q_dtype,
         kv_dtype=signature.kv_dtype,
         dots=signature.compute_dtype,
-        scale=signature.softmax_scale,
+        scale=signature.softmax_scale * unit,
         cap=signature.logits_soft_cap,
         window=signature.sliding_window,
         sinks=signature.sinks,
@@ -202,5 +208,6 @@ def make(signature: Signature, config: RaggedPageAttentionv2Config, cores: int) 
         buffers=buffers,
         unpack_tokens=config.option("unpack_tokens", pages * signature.page_size),
         cores=config.option("cores", cores),
+        unit=unit,
         slices=-(-signature.pages_per_seq // table_entries(pages)),
     )
