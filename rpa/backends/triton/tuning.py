@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from rpa.backends.triton import plan
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
@@ -97,17 +99,23 @@ def _fitting(signature: Signature, options: dict[str, int], stages: int, limit: 
 
 
 def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
-    """What autotuning tries; the heuristic's own config first."""
+    """What autotuning tries: the heuristic's own config, other cuts of the work into its tiles, then other tiles."""
     first = heuristic(signature, device)
-    variants = [first]
-    for warps in (2, 4, 8):
-        for stages in (2, 3, 4):
-            for block in (32, 64):
-                options = dict(first.options) | {"short_n": block, "long_n": block}
-                variants.append(first.replace(num_warps=warps, num_stages=stages, options=tuple(options.items())))
-    limit = _shared(device)
-    fitting = [c for c in variants if _fitting(signature, dict(c.options), c.num_stages or 1, limit) == c.num_stages]
-    return tuple(dict.fromkeys([first, *fitting]))
+    changes: list[dict[str, int]] = [{"programs": waves * plan.MULTIPROCESSORS} for waves in (4, 16, 24, 64)]
+    changes += [{"longest": keys} for keys in (2048, 8192, 16384)]
+    tried = [(change, first.num_warps, first.num_stages) for change in changes]
+    if signature.num_tokens > signature.max_seqs:
+        tiles = [{"long_m": m, "long_n": n, "short_n": min(n, 64)} for m in (64, 128) for n in (32, 64, 128)]
+        tried += product(tiles, (4, 8), (2, 3))
+    else:
+        tried += product([{"short_n": n, "long_n": n} for n in (32, 64, 128)], (2, 4, 8), (2, 3, 4))
+    found = {repr(plan.make(signature, first)): first}
+    for change, warps, stages in tried:
+        options = dict(first.options) | change
+        if _fitting(signature, dict(options), stages or 1, _shared(device)) == stages:
+            config = first.replace(num_warps=warps, num_stages=stages, options=tuple(options.items()))
+            found.setdefault(repr(plan.make(signature, config)), config)
+    return tuple(found.values())
 
 
 def complete(signature: Signature, config: RaggedPageAttentionv2Config, device: Device) -> RaggedPageAttentionv2Config:
