@@ -82,6 +82,7 @@ class Target:
     accepts: frozenset[str] = field(default_factory=frozenset)
     returns_lse: bool = False
     asks_lse: bool = False
+    interpreted: bool = False  # seconds a call: it is given small shapes, and repeated once only
 
     def asking(self, lse: bool) -> Target:
         """This target, asked for the lse with every output, where that is wanted and it can."""
@@ -213,6 +214,7 @@ def from_callable(function: Any, name: str) -> Target:
         finite_slots=bool(getattr(function, "finite_slots", False)),
         accepts=_accepted(function),
         returns_lse=_returns_lse(function),
+        interpreted=bool(getattr(function, "interpreted", False)),
     )
 
 
@@ -277,7 +279,8 @@ def _backend(name: str) -> Target:
         return _chosen(signature_of(case), _device(name), platform)
 
     return Target(name, call, claim, supports, batch_invariant=True, validates=True, ran=ran, returns_lse=True,
-                  expects=expected or _pallas_here(), accepts=_accepted(lambda **everything: None))  # fmt: skip
+                  expects=expected or _pallas_here(), accepts=_accepted(lambda **everything: None),
+                  interpreted=name.startswith("pallas") and _on_cpu())  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
@@ -306,10 +309,14 @@ def _context(name: str) -> Iterator[None]:
         yield
 
 
-def _interpreter(name: str) -> Any:
+def _on_cpu() -> bool:
     import jax
 
-    if jax.default_backend() != "cpu":
+    return jax.default_backend() == "cpu"
+
+
+def _interpreter(name: str) -> Any:
+    if not _on_cpu():
         return nullcontext()
     if name in ("pallas", "pallas_tpu"):
         from jax.experimental.pallas import tpu as pltpu
@@ -325,9 +332,7 @@ def _interpreter(name: str) -> Any:
 @cache
 def _cannot_interpret(name: str) -> str | None:
     """Why a GPU backend cannot be interpreted in this process, or None; what it needs is said."""
-    import jax
-
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return None
     if name == "triton":
         return "there is no GPU; the target triton_interpret runs these kernels on CPU"

@@ -30,6 +30,7 @@ FIRST_SHAPES, CASES_A_SHAPE = 12, 450  # with the relations that compile, 40 com
 SETTLED, CASES_A_LATER_SHAPE = 10_000, 300  # and as many in the next
 MOST_SHAPES = 1000
 CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
+FEW_ROWS, FEW_TOKENS = 16, 1000  # what an interpreter does in a few seconds
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
 
 
@@ -102,10 +103,17 @@ def wanted_shapes(judged: int, cheap: bool = False) -> int:
     return FIRST_SHAPES + early // CASES_A_SHAPE + late // CASES_A_LATER_SHAPE
 
 
+def why_not(shape: Shape, target: Target) -> str | None:
+    """Why a campaign gives a target no case of a shape, or None: the target's own gap, or an interpreter's patience."""
+    if target.interpreted and (shape.tokens > FEW_ROWS or shape.capacity > FEW_TOKENS):
+        return f"an interpreter is given at most {FEW_ROWS} rows and contexts of {FEW_TOKENS}"
+    return target.gap(build(Plan(shape, ((1, 1),))))
+
+
 def _taken(state: State, shape: Shape) -> bool:
     """Whether the target takes a shape; a gap is told to the parent once."""
     if shape not in state.taken:
-        gap = state.target.gap(build(Plan(shape, ((1, 1),))))
+        gap = why_not(shape, state.target)
         state.taken[shape] = gap is None
         if gap is not None:
             state.pipe.send(("gap", gap, sorted(static_features(shape), key=repr)))

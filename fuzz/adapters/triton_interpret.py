@@ -78,4 +78,4 @@ def as_shipped(*arrays: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
 
 for _target in (attention, as_shipped):
     _target.claim, _target.supports = _claim, _supports  # type: ignore[attr-defined]
-    _target.batch_invariant = True  # type: ignore[attr-defined]
+    _target.batch_invariant = _target.interpreted = True  # type: ignore[attr-defined]

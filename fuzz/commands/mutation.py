@@ -85,25 +85,36 @@ def _each(progress: Progress, title: str, items: Iterable[Any], work: Any) -> It
         return
     task = progress.add_task(title, total=len(items))
     for item in items:
+        progress.update(task, description=f"{title}: {getattr(item, 'id', getattr(item, 'name', ''))}")
         yield work(item)
         progress.advance(task)
+    progress.update(task, description=title)
 
 
 def _print(kills: list[score.Kill], usuals: dict[str, dict[str, bool]], accused: list, alarms: int) -> None:
     console = Console()
     shown = Table("mutant", "group", "cases", "seconds", "judge", *usuals)
+    shown.columns[0].overflow = "fold"  # an id that is cut short names nothing
     for kill in kills:
         marks = [
             "" if kill.id not in found else "killed" if found[kill.id] else "[red]missed[/red]"
             for found in usuals.values()
         ]
-        count = str(kill.cases) if kill.killed else f"[red]alive after {kill.cases}[/red]"
+        by_search = kill.killed and kill.kind != "proof"
+        count = str(kill.cases) if by_search else f"alive after {kill.cases}"
+        count = count if kill.killed else f"[red]{count}[/red]"
         shown.add_row(kill.id, kill.group, count, f"{kill.seconds:.1f}", kill.kind, *marks)
     console.print(shown)
-    dead = [k.cases for k in kills if k.killed]
+    for kill in kills:
+        if kill.kind == "proof" or (kill.text and not kill.killed):
+            told = "caught by the proof made for it," if kill.killed else "NOT caught:"
+            console.print(f"{kill.id}: {told} {kill.text}", markup=False, highlight=False, soft_wrap=True)
+    proofs = sum(k.kind == "proof" for k in kills)
+    dead = [k.cases for k in kills if k.killed and k.kind != "proof"]
     if dead:
         console.print(
-            f"{len(dead)} of {len(kills)} killed; cases to the kill: median {statistics.median(dead):g}, "
+            f"{len(dead)} of {len(kills)} killed{f', {proofs} more by proofs' if proofs else ''}; "
+            f"cases to the kill: median {statistics.median(dead):g}, "
             f"{sum(c <= 50 for c in dead)} within 50, most {max(dead)}; slowest {max(k.seconds for k in kills):.1f} s"
         )
     for name, found in usuals.items():

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "patches"
@@ -137,6 +137,38 @@ def _patched(source: str, hunks: list[tuple[str, str]], name: str) -> str:
             raise PatchError(f"{name} does not apply: {source.count(old)} places match\n{old}")
         source = source.replace(old, new)
     return source
+
+
+# The tests that prove each kernel's patches, one a patch: they go with a checkout, not with an installed package.
+PROOFS = {"triton": "tests/test_triton_mutants.py", "pallas_tpu": "tests/test_tpu_mutants.py",
+          "pallas_gpu": "tests/test_mgpu_mutants.py"}  # fmt: skip
+
+
+def proof_of(patch: Patch) -> str | None:
+    """The test that is to catch a patch, as pytest names it; None where there is none."""
+    path = PROOFS.get(patch.kernel)
+    if path is None or not (ROOT / path).is_file():
+        return None
+    names = (patch.id, patch.id.removeprefix(f"{patch.kernel}_"))
+    return next((test for test in _tests(path) if test.rstrip("]").split("[")[-1].split("-")[-1] in names), None)
+
+
+@cache
+def _tests(path: str) -> list[str]:
+    """The names of a file's tests."""
+    done = _pytest("--collect-only", path)
+    return [line for line in done.stdout.splitlines() if line.startswith(f"{path}::")]
+
+
+def proved(test: str) -> tuple[bool, str]:
+    """Whether a proof catches its patch (its test passes), and the end of what pytest says."""
+    done = _pytest(test)
+    return done.returncode == 0, (done.stdout.strip().splitlines() or ["no word"])[-1]
+
+
+def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--slow", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def run_python(root: Path, code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
