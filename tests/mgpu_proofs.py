@@ -231,7 +231,7 @@ def prove_rows() -> None:
 
     find = jax.jit(found, static_argnums=1)
     plans = jax.jit(lambda i, shape: plan.row_owners(plan.owners(i, shape), 40), static_argnums=1)
-    fill = jax.jit(lambda i, shape: plan.fills(plan.owners(i, shape), 40), static_argnums=1)
+    fill = jax.jit(lambda i, shape: plan.fills(plan.owners(i, shape)), static_argnums=1)
     for inputs, shape in layouts(42):
         owner, sequence, position = expected(inputs, shape)
         planned = np.asarray(plans(inputs, shape))
@@ -243,10 +243,10 @@ def prove_rows() -> None:
         assert (np.asarray(row.position) == position)[owner == 1].all(), (row.position, position)
         assert (np.asarray(row.position) == -1)[np.asarray(row.owner) != 1].all()
         assert (np.asarray(row.sequence) == sequence)[owner == 1].all()
-        fills = np.asarray(fill(inputs, shape))
+        fills = [np.asarray(x) for x in fill(inputs, shape)]
         zero, nan = np.zeros(40, bool), np.zeros(40, bool)
-        zero[: fills[0]] = zero[fills[1] :] = True
-        for start, stop in fills[4:].reshape(-1, 2) if fills[2] else ():
+        zero[: fills[0][0]] = zero[fills[2][0] :] = True
+        for start, stop in zip(*fills[:2], strict=True) if fills[3][0] else ():
             nan[start:stop] = True
         assert (zero == (owner == 0)).all(), (fills, owner)
         assert (nan == (owner == 2)).all(), (fills, owner)
@@ -269,7 +269,7 @@ def prove_tiles() -> None:
             lengths = np.bincount(sequence[owner == 1], minlength=4)
             served = (owner == 1) & (lengths[sequence] >= shortest)
             seen, last = np.zeros(40, int), 2**30
-            for token8, begin, end, first, s in np.asarray(fields).T[: int(count[0])]:
+            for token8, begin, end, first, s in np.asarray(fields).T[: int(count[-1])]:
                 for row in range(begin, end):
                     token = token8 * 8 + row
                     seen[token] += 1
@@ -324,13 +324,15 @@ def prove_items() -> None:
         tiling = decode.Tiling(count, 64, 2, 16, 4, 1, 1, singles=singles, lanes=False)
 
         def items(inputs, shape, tiling=tiling):
-            units = jnp.full((5, 1), tiling.units)
+            units = None
             if tiling.singles:
-                units = plan.live_units(plan.owners(inputs, shape), shape, tiling).fields
+                found = plan.live_units(plan.owners(inputs, shape), shape, tiling)
+                units = decode.Listed(found.listed, found.through)
             one = functools.partial(
-                decode.item_at, meta=metadata(inputs), units_ref=units, shape=shape, tiling=tiling
+                decode.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling
             )
-            return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), units[4, 0]
+            listed = tiling.units if units is None else units.through[-1]
+            return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), listed
 
         find = jax.jit(items, static_argnums=1)
         for seed, (inputs, shape) in enumerate(layouts(24)):

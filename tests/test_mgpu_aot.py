@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 # Bytes of spill stores a kernel may have; the rest may have none. Window decode: three workers spill a little and are
 # still 6 % faster on the H200 than four.
 SPILLED = {"decode_window": 64, "decode_int8": 128, "prefill_256": 96, "prefill_window": 32, "mixed": 32}
-# Programs a decode call launches: the kernel, and one more where its rows are split.
-LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1}
+# Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
+LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 5, "mixed": 14}
 
 pytestmark = [
     pytest.mark.cuda_plugin,
@@ -54,5 +54,5 @@ def test_the_kernel_fits_and_keeps_its_registers(reports, call):
 
 
 @pytest.mark.parametrize("call", LAUNCHES)
-def test_a_decode_call_is_one_kernel_or_two(reports, call):
-    assert reports[call]["launches"] == LAUNCHES[call], reports[call]
+def test_a_call_launches_no_more_than_it_needs(reports, call):
+    assert reports[call]["launches"] <= LAUNCHES[call], reports[call]

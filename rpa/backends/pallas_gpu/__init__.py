@@ -71,20 +71,21 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
     if missing:
         q = jnp.pad(q, ((0, missing), (0, 0), (0, 0)))
     heads, with_lse = Heads(sinks, inputs.k_scale, inputs.v_scale), signature.return_lse
-    listed = (work.count, work.tiles, plan.fills(own, shape.tokens))
+    listed = (work.through, work.tiles, plan.fills(own))
     alone = (q, inputs.kv_pages, meta.tables, *listed, heads, shape, todo.prefill, with_lse)
     if todo.decode is None:
         output, lse = prefill.attend(*alone)
     else:
-        units = plan.live_units(own, shape, todo.decode)
+        found = plan.live_units(own, shape, todo.decode)
+        units = decode.Listed(found.listed, found.through)
         if todo.fused:
-            both = (*listed, sinks, shape, todo.prefill, units.fields, todo.decode, with_lse)
+            both = (*listed, sinks, shape, todo.prefill, units, todo.decode, with_lse)
             output, lse, parts = mixed.attend(q, inputs.kv_pages, meta, *both)
         else:
             output, lse = prefill.attend(*alone)
-            parts = decode.attend(q, inputs.kv_pages, meta, units.fields, heads, shape, todo.decode, with_lse)
+            parts = decode.attend(q, inputs.kv_pages, meta, units, heads, shape, todo.decode, with_lse)
         if todo.decode.splits > 1 or not todo.fused:
-            parts = parts._replace(live=units.splits)
+            parts = parts._replace(live=found.splits)
             output, lse = with_singles(output, lse, parts, own, sinks, shape, todo.decode)
     if lse is not None:
         owner = plan.row_owners(own, shape.tokens)[:, None]

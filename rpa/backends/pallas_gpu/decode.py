@@ -83,6 +83,13 @@ STRAY = Item._fields.index("stray")  # the last field of a record
 RECORD = 16  # its room
 
 
+class Listed(NamedTuple):
+    """The units that `plan.live_units` lists, refs in global memory."""
+
+    listed: Any  # i32 [units], the sequence of each
+    through: Any  # i32 [S], the last is how many there are
+
+
 class Scratch(NamedTuple):
     """One worker's shared memory and barriers."""
 
@@ -135,11 +142,13 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     )
 
 
-def item_at(index, meta: Metadata, units_ref, shape: Shape, tiling: Tiling) -> Item:
+def item_at(index, meta: Metadata, units, shape: Shape, tiling: Tiling) -> Item:
     """Finds one item's row and keys; items are dealt by split, row and head, heads fastest."""
     unit = lax.div(index, I32(shape.kv_heads))
     if tiling.singles:
-        token, sequence, position, split = (units_ref[field, unit] for field in range(4))
+        sequence = jnp.minimum(units.listed[unit], tiling.rows - 1)
+        split = unit - jnp.where(sequence > 0, units.through[jnp.maximum(sequence - 1, 0)], 0)
+        token, position = meta.loc[sequence], meta.context[sequence] - 1
         owner = live = I32(1)
         head = lax.rem(index, I32(shape.kv_heads))
         index = (split * tiling.rows + sequence) * shape.kv_heads + head
@@ -160,19 +169,19 @@ def item_at(index, meta: Metadata, units_ref, shape: Shape, tiling: Tiling) -> I
     return Item(blocks, index, token, low, start, stop, owner, live, stray, sequence, post)
 
 
-def for_each_item(worker, meta: Metadata, units_ref, shape: Shape, tiling: Tiling, body):
+def for_each_item(worker, meta: Metadata, units, shape: Shape, tiling: Tiling, body):
     """Runs `body(item, step, nth, following)` over this worker's items; it returns `following()`, the next item.
 
     `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
     """
     workers = tiling.workers * tiling.ctas
-    units = units_ref[4, 0] if tiling.singles else I32(tiling.units)
-    total = units * shape.kv_heads
+    count = units.through[units.through.shape[0] - 1] if tiling.singles else I32(tiling.units)
+    total = count * shape.kv_heads
     mine = lax.div(jnp.maximum(total - worker + (workers - 1), 0), I32(workers))
 
     def item_of(i):
         index = jnp.minimum(worker + i * workers, total - 1)
-        return item_at(jnp.maximum(index, 0), meta, units_ref, shape, tiling)
+        return item_at(jnp.maximum(index, 0), meta, units, shape, tiling)
 
     def loop(i, carry):
         step, nth, item = carry
@@ -196,7 +205,7 @@ def heads_at(head, shape: Shape):
 # ------------------------------------------------------------------ producer
 
 
-def produce(worker, q_ref, kv_ref, meta: Metadata, units_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+def produce(worker, q_ref, kv_ref, meta: Metadata, units, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """The producer warp: a record and queries, then the pages of each block, as ring slots fall free."""
     n = shape.columns
 
@@ -227,7 +236,7 @@ def produce(worker, q_ref, kv_ref, meta: Metadata, units_ref, s: Scratch, shape:
         lax.fori_loop(first, item.blocks, block, stray)
         return after
 
-    step, nth = for_each_item(worker, meta, units_ref, shape, tiling, body)
+    step, nth = for_each_item(worker, meta, units, shape, tiling, body)
     post(Item(I32(-1), *(I32(0),) * (len(Item._fields) - 1)), nth)
     drain(2, nth + 1, s.q_free)
     drain(tiling.stages, step, s.k_free, s.v_free)
@@ -460,7 +469,7 @@ def attend(
     """The decode rows' `Outputs`; parts of items that hold no keys are not written.
 
     Args:
-        q: [T, heads, D], `shape.loaded_heads` of them. units: of `plan.Units`, where the rows are listed.
+        q: [T, heads, D], `shape.loaded_heads` of them. units: `Listed`, where the rows are, else None.
         heads: sinks, which are read with one split only, and scales.
     """
     types = result_types(shape, tiling, with_lse)
@@ -469,7 +478,7 @@ def attend(
     def body(q_ref, kv_ref, *rest):
         rest = list(rest)
         meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
-        units_ref = rest.pop(0) if units is not None else None
+        unit_refs = None if units is None else Listed(rest.pop(0), rest.pop(0))
         head_refs = heads.of(rest)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         workers = rest
@@ -496,7 +505,7 @@ def attend(
                     @pl.when(warp == w)
                     def _(w=w, s=s):
                         produce(
-                            cta + w * tiling.ctas, q_ref, kv_ref, meta_refs, units_ref, s, shape, tiling
+                            cta + w * tiling.ctas, q_ref, kv_ref, meta_refs, unit_refs, s, shape, tiling
                         )
 
     results = plgpu.kernel(
@@ -509,6 +518,6 @@ def attend(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
         kernel_name="rpa_decode",
-    )(q, kv_pages, *meta, *([] if units is None else [units]), *heads.present)
+    )(q, kv_pages, *meta, *(units or ()), *heads.present)
     results = list(results)
     return Outputs(*(None if t is None else results.pop(0) for t in types))

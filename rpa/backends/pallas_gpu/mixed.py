@@ -42,7 +42,9 @@ def attend(
     def body(*refs):
         q_ref, kv_ref, *rest = refs
         meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
-        count_ref, tiles_ref, fills_ref, units_ref = (rest.pop(0) for _ in range(4))
+        count_ref, tiles_ref = rest.pop(0), rest.pop(0)
+        fill_refs = type(fills)(*(rest.pop(0) for _ in fills))
+        unit_refs = decode.Listed(rest.pop(0), rest.pop(0))
         scalars = Heads(rest.pop(0) if sinks is not None else None)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         s, d = rest
@@ -62,7 +64,7 @@ def attend(
 
                 @pl.when(warp == 1)
                 def _():
-                    decode.produce(cta, q_ref, kv_ref, meta_refs, units_ref, d, shape, decoding)
+                    decode.produce(cta, q_ref, kv_ref, meta_refs, unit_refs, d, shape, decoding)
 
         @pl.when(wg == 2)
         def _():
@@ -73,9 +75,9 @@ def attend(
         def _():
             plgpu.set_max_registers(tiling.registers[0], action="increase")
             prefill.consume(wg, cta, count_ref, tiles_ref, scalars, outs.output, outs.lse, s, shape, tiling)
-            pl.when(wg == 0)(lambda: prefill.fill(cta, fills_ref, outs.output, s, shape, tiling))
+            pl.when(wg == 0)(lambda: prefill.fill(cta, fill_refs, outs.output, s, shape, tiling))
 
-    args = [q, kv_pages, *meta, count, tiles, fills, units] + ([] if sinks is None else [sinks])
+    args = [q, kv_pages, *meta, count, tiles, *fills, *units] + ([] if sinks is None else [sinks])
     results = plgpu.kernel(
         body,
         out_type=tuple(t for t in types if t is not None),

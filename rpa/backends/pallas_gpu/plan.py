@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rpa.backends.pallas_gpu import decode, prefill_work
 from rpa.backends.pallas_gpu.tiles import Shape, piece
@@ -29,8 +30,8 @@ class Owners(NamedTuple):
 class Tiles(NamedTuple):
     """The prefill list, longest first."""
 
-    count: jax.Array  # i32 [1]
-    tiles: jax.Array  # i32 [5, tiles], see `prefill_work.item_at`
+    through: jax.Array  # i32 [S], tiles of each sequence and those before it: the last is how many there are
+    tiles: jax.Array  # i32 [5 or more, tiles], see `prefill_work.item_at`
 
 
 def owners(inputs: Inputs, shape: Shape) -> Owners:
@@ -45,19 +46,18 @@ def owners(inputs: Inputs, shape: Shape) -> Owners:
     start = jnp.clip(jnp.max(jnp.where(earlier, begin[None, :], 0), axis=1), 0, total)
     stop = jnp.clip(end, start, total)
     valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= shape.capacity)
-    strays = astray(inputs.block_tables, begin, end, context, shape)
-    valid &= jnp.sum(strays, axis=1, dtype=jnp.int32) == 0
+    valid &= ~astray(inputs.block_tables, begin, end, context, shape)
     return Owners(start, jnp.where(live, stop, start), context, valid, live)
 
 
 def astray(tables, begin, end, context, shape: Shape):
-    """bool [S, pages_per_seq]: live entries outside the pool."""
+    """bool [S]: whether a live entry lies outside the pool."""
     column = jnp.arange(shape.table_width)[None, :] * shape.page
-    seen = (column < context[:, None]) & (end > begin)[:, None]
+    wrong = (column < context[:, None]) & ((tables < 0) | (tables >= shape.pages))
     if shape.window is not None:
         low = jnp.maximum(context - (end - begin), 0) - shape.window + 1
-        seen &= column + shape.page > low[:, None]
-    return seen & ((tables < 0) | (tables >= shape.pages))
+        wrong &= column + shape.page > low[:, None]
+    return (jnp.sum(wrong, axis=1, dtype=jnp.int32) > 0) & (end > begin)
 
 
 def row_owners(own: Owners, rows: int):
@@ -79,20 +79,31 @@ def prefill_tiles(own: Owners, shape: Shape, tiling: prefill_work.Tiling, shorte
     serves = own.live & own.valid & (own.stop - own.start >= shortest)
     first = own.start // 8 * 8
     needed = jnp.where(serves, (own.stop - first + tokens - 1) // tokens, 0)
-    index = jnp.arange(s)
-    through = jnp.sum(jnp.where(index[None, :] <= index[:, None], needed[None, :], 0), axis=1)
-    total = through[-1]
-    tile = jnp.arange(tiling.tiles, dtype=jnp.int32)[:, None]
-    mine = (tile < through) & (tile >= through - needed)  # [tiles, S], exactly one a live tile
+    through = through_each(needed)
+    tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
+    sequence = jnp.minimum(owner_of(tile, through), s - 1)
+    first, last, start, stop, context = (x[sequence] for x in (first, through, own.start, own.stop, own.context))
     # The last tiles of a sequence come first: they see the most keys.
-    token = first + (through - 1 - tile) * tokens
-    fields = [token // 8, own.start - token, own.stop - token, own.context - own.stop + token, index]
-    token8, begin, end, position, sequence = (jnp.sum(jnp.where(mine, field, 0), axis=1) for field in fields)
-    fields = jnp.stack([token8, jnp.maximum(begin, 0), jnp.minimum(end, tokens), position, sequence])
+    token = first + (last - 1 - tile) * tokens
+    begin, end = jnp.maximum(start - token, 0), jnp.minimum(stop - token, tokens)
+    position = context - stop + token
+    keys = jnp.where(tile < through[-1], -(position + end), 2**30)
+    # One array, so that one kernel writes it.
+    fields = lax.optimization_barrier(jnp.stack([token // 8, begin, end, position, sequence, keys]))
     if s > 1 and (shape.window is None or shape.window > 16 * tiling.block):
-        keys = jnp.where(tile[:, 0] < total, -(position + end), 2**30)
-        fields = sorted_by(keys, fields)
-    return Tiles(total[None].astype(jnp.int32), fields.astype(jnp.int32))
+        fields = sorted_by(fields[5], fields[:5])
+    return Tiles(through, fields)
+
+
+def through_each(counts):
+    """Sums of counts up to and including each."""
+    index = jnp.arange(counts.shape[0])
+    return jnp.sum(jnp.where(index[None, :] <= index[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def owner_of(nth, through):
+    """Whose the `nth` of all is, where the first `through[i]` are those of 0..i; S past them all."""
+    return jnp.sum(nth[:, None] >= through[None, :], axis=1, dtype=jnp.int32)
 
 
 def sorted_by(keys, fields):
@@ -107,24 +118,27 @@ def sorted_by(keys, fields):
     return jnp.sum(jnp.where(rank[None, None, :] == index[None, :, None], fields[:, None, :], 0), axis=2)
 
 
-def fills(own: Owners, rows: int):
-    """i32 [2 * S + 4]: ends of the rows to be zeroed (before, after), then of each invalid sequence's, and whether any.
+class Fills(NamedTuple):
+    """Rows that no tile answers: zeroed where nobody's, NaN where an invalid sequence's."""
 
-    [0] and [1]: rows below [0] and from [1] on belong to nobody. [2]: invalid sequences with rows. From [4]: start and
-    stop of each sequence's rows to be filled with NaN.
-    """
+    start: jax.Array  # i32 [S]; rows below the first belong to nobody
+    stop: jax.Array  # i32 [S], one past the rows to be filled with NaN; == start of a sequence that is none of these
+    after: jax.Array  # i32 [1], rows from here on belong to nobody
+    bad: jax.Array  # i32 [1], invalid sequences with rows
+
+
+def fills(own: Owners) -> Fills:
+    """With no live sequence every row is past the last."""
     bad = own.live & ~own.valid
-    before = jnp.where(jnp.any(own.live), own.start[0], rows)
-    after = jnp.max(own.stop)
-    head = jnp.stack([before, jnp.maximum(after, before), jnp.sum(bad), jnp.zeros((), jnp.int32)])
-    ends = jnp.stack([own.start, jnp.where(bad, own.stop, own.start)], axis=1).reshape(-1)
-    return jnp.concatenate([head, ends]).astype(jnp.int32)
+    after, count = jnp.max(own.stop), jnp.sum(bad, dtype=jnp.int32)
+    return Fills(own.start, jnp.where(bad, own.stop, own.start), after[None], count[None])
 
 
 class Units(NamedTuple):
-    """The live splits of the one-token sequences, for the decode role of a mixed batch."""
+    """The live splits of the one-token sequences, for the decode role of a mixed batch, row by row."""
 
-    fields: jax.Array  # i32 [5, units]: token, sequence, position, split; [4, 0] holds how many there are
+    listed: jax.Array  # i32 [units], the sequence of each; past them all S
+    through: jax.Array  # i32 [S], units of each sequence and those before it: the last is how many there are
     splits: jax.Array  # i32 [S], how many each sequence has; 0 where it is none of decode's
 
 
@@ -137,13 +151,6 @@ def live_units(own: Owners, shape: Shape, tiling: decode.Tiling) -> Units:
         align = piece(shape.page, tiling.block)
         base = jnp.maximum(position - (shape.window - 1), 0) // align * align
     splits = jnp.where(single, jnp.maximum((position + 1 - base + tiling.chunk - 1) // tiling.chunk, 1), 0)
-    index = jnp.arange(tiling.rows)
-    through = jnp.sum(jnp.where(index[None, :] <= index[:, None], splits[None, :], 0), axis=1)
-    first = through - splits
-    unit = jnp.arange(tiling.units, dtype=jnp.int32)[:, None]
-    mine = (unit < through) & (unit >= first)
-    token, sequence, place, start = (
-        jnp.sum(jnp.where(mine, field, 0), axis=1) for field in (own.start, index, position, first)
-    )
-    fields = jnp.stack([token, sequence, place, unit[:, 0] - start, jnp.full_like(token, through[-1])])
-    return Units(fields.astype(jnp.int32), splits.astype(jnp.int32))
+    through = through_each(splits)
+    unit = jnp.arange(tiling.units, dtype=jnp.int32)
+    return Units(owner_of(unit, through), through, splits.astype(jnp.int32))

@@ -234,10 +234,9 @@ def put_rows(mine: Item, tail_ref, o_ref, shape: Shape) -> None:
         pl.when((rows & bit) != 0)(lambda bit=bit, done=done: put(done, bit))
 
 
-def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
-    """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`plan.fills`), each CTA its share."""
-    before, after, bad = fills_ref[0], fills_ref[1], fills_ref[2]
-    sequences, d = (fills_ref.shape[0] - 4) // 2, shape.head_dim
+def fill(cta, fills, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`plan.Fills`), each CTA its share."""
+    sequences, d = fills.start.shape[0], shape.head_dim
     most = M if d % 64 == 0 else 1  # heads a copy
 
     def rows(first, stop, value):
@@ -258,14 +257,14 @@ def fill(cta, fills_ref, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> Non
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    rows(I32(0), before, 0.0)
-    rows(after, I32(shape.tokens), 0.0)
+    rows(I32(0), fills.start[0], 0.0)
+    rows(fills.after[0], I32(shape.tokens), 0.0)
 
-    @pl.when(bad > 0)
+    @pl.when(fills.bad[0] > 0)
     def _():
         @pl.loop(0, sequences)
         def _(sequence):
-            rows(fills_ref[4 + 2 * sequence], fills_ref[5 + 2 * sequence], jnp.nan)
+            rows(fills.start[sequence], fills.stop[sequence], jnp.nan)
 
 
 # ------------------------------------------------------------------ the kernel of prefill alone
@@ -275,13 +274,14 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
     """[T, Hq, D] and, with `with_lse`, f32 [T, Hq] (only the rows of listed tiles).
 
     Args:
-        count: i32 [1], live tiles. tiles: i32 [5, tiles], see `item_at`.
-        fills: rows of nobody and of invalid sequences, see `plan.fills`.
+        count: i32 [S], the last is how many tiles there are. tiles: i32 [5, tiles], see `item_at`.
+        fills: rows of nobody and of invalid sequences, `plan.Fills`.
         scalars: sinks and scales.
     """
 
     def body(*refs):
-        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fills_ref, *rest = refs
+        q_ref, kv_ref, tables_ref, count_ref, tiles_ref, *rest = refs
+        fill_refs = type(fills)(*(rest.pop(0) for _ in fills))
         scalar_refs = scalars.of(rest)
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
@@ -318,12 +318,12 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
                 team = cta + t * tiling.ctas
                 consume(wg - 2 * t, team, count_ref, tiles_ref, scalar_refs, o_ref, lse_ref, s, shape, tiling)
                 if t == 0:
-                    pl.when(wg == 0)(lambda: fill(cta, fills_ref, o_ref, s, shape, tiling))
+                    pl.when(wg == 0)(lambda: fill(cta, fill_refs, o_ref, s, shape, tiling))
 
     outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
     if with_lse:
         outs.append(jax.ShapeDtypeStruct((shape.tokens, shape.q_heads), jnp.float32))
-    args = [q, kv_pages, tables, count, tiles, fills, *scalars.present]
+    args = [q, kv_pages, tables, count, tiles, *fills, *scalars.present]
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),

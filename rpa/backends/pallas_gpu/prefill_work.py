@@ -142,7 +142,7 @@ def unpacked(s: Scratch, tiling: Tiling) -> Scratch:
 
 
 def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
-    """Reads a tile of the list (i32 [5, tiles]: token / 8, begin, end, position, sequence) and finds its keys."""
+    """Reads a tile of the list (i32 [5.., tiles]: token / 8, begin, end, position, sequence) and finds its keys."""
     pairs = shape.q_heads // tiling.heads(shape)
     tile, pair = lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
     token, begin, end, position, sequence = (tiles_ref[field, tile] for field in range(5))
@@ -160,7 +160,7 @@ def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body
     `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
     """
     pairs = shape.q_heads // tiling.heads(shape)
-    total, n = count_ref[0] * pairs, tiling.ctas * tiling.teams
+    total, n = count_ref[count_ref.shape[0] - 1] * pairs, tiling.ctas * tiling.teams
 
     def loop(i, carry):
         step, nth = carry
