@@ -25,7 +25,6 @@ P = PartitionSpec
 
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fewer kv heads than shards": {"mesh": {"tp": 8}, "hkv": 2, "int8": True},
-    "sequences": {"mesh": {"data": 8}},
     "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0, "sliding_window": 6}},
     "inside jit, spoiled, sequences": {
         "mesh": {"data": 4}, "jit": True, "explicit": True,
@@ -35,6 +34,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 SLOW: dict[str, dict[str, Any]] = {
     "heads": {"mesh": {"tp": 4}},
+    "sequences": {"mesh": {"data": 8}},
     "heads with scales": {"mesh": {"tp": 2}, "int8": True, "options": {"sliding_window": 5}},
     "sequences and heads": {"mesh": {"data": 4, "model": 2}},
     "pages": {"mesh": {"pages": 4}},

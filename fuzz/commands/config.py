@@ -143,12 +143,12 @@ def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(cells))
         for done in tuning.each(cells, platform, iters, end, workers):
-            console.print(f"{done.cell}: {done.text}", highlight=False, markup=False, soft_wrap=True)
-            progress.update(task, description=done.cell, advance=1)
             if done.stored:
                 if tuning.store(done, table) is None:
                     raise typer.Exit(USAGE)
                 count += 1
+            console.print(f"{done.cell}: {done.text}", highlight=False, markup=False, soft_wrap=True)
+            progress.update(task, description=done.cell, advance=1)
     if count:
         print(f"{count} configs in {path}")
     return count
