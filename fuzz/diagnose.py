@@ -17,15 +17,16 @@ import numpy as np
 from fuzz.build import build
 from fuzz.judge import Judgement, judge_rejections
 from fuzz.mutants import model
-from fuzz.mutants.catalogue import MUTANTS, Mutant
+from fuzz.mutants.catalogue import BY_ID, MUTANTS, Mutant
 from fuzz.mutants.model import Launch
 from fuzz.plan import Plan
 from fuzz.targets import Target
 from oracle import Case, attend
+from oracle.poison import owned_rows
 
 TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
-# A distance of 0 is the same errors, of 1 no likeness at all; past this nothing is named.
-LIKENESS = 0.9
+# A distance of 0 is the same errors, of 1 no likeness at all; past the last nothing is named.
+ALIKE, SIMILAR, LIKENESS = 0.15, 0.5, 0.9
 CANDIDATES = 20
 SECONDS = 10.0  # for either round; a context of thousands of keys takes the model that long
 # Failures that name their own family.
@@ -52,7 +53,9 @@ class Diagnosis:
         if self.mutant is None:
             return "behaves like no bug in the catalogue"
         others = f" (or {', '.join(self.others)})" if self.others else ""
-        return f"behaves like {self.mutant}{others}: {self.family}"
+        how = "behaves like" if self.distance <= ALIKE else "resembles"
+        how = how if self.distance <= SIMILAR else "is unlike every bug in the catalogue, least unlike"
+        return f"{how} {self.mutant}{others}: {self.family}"
 
 
 UNKNOWN = Diagnosis(None, "unknown", 1.0)
@@ -63,8 +66,10 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     if judgement.kind in _BY_KIND:
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
     evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
-    if not evidence:
-        return UNKNOWN
+    if not any(e.error.any() or e.broken.any() for e in evidence):
+        return UNKNOWN  # it raises, or is right when asked again
+    if judgement.kind != "lse" and not any(e.owned for e in evidence):
+        return Diagnosis("dead_rows_garbage", BY_ID["dead_rows_garbage"].group, distance=0.0)
     # The last is the largest case: what is unlike there is not tried on the rest.
     known = [m for m in MUTANTS if _numeric(m) and (m.group != "lse" or judgement.kind == "lse")]
     late = time.monotonic() + SECONDS
@@ -106,6 +111,12 @@ class _Evidence:
     expected: np.ndarray  # f64
     error: np.ndarray  # f64
     broken: np.ndarray  # bool, where it is not finite
+
+    @property
+    def owned(self) -> bool:
+        """Whether rows that some sequence owns are wrong too, by more than the noise of rounding."""
+        mine, size = owned_rows(self.case), np.abs(self.error)
+        return bool(self.broken[mine].any() or size[mine].max(initial=0.0) > size.max(initial=0.0) / 20)
 
 
 def _gathered(plans: Sequence[Plan], target: Target, what: str) -> list[_Evidence]:
