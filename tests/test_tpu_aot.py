@@ -28,7 +28,7 @@ from rpa.device import Device
 
 HERE = Path(__file__).parent
 RECORD = HERE / "bench" / "records" / "tpu_aot.json"
-EMPTY: dict[str, Any] = {"libtpu": "", "chips": {}, "upstream": {}, "serving": {}}
+EMPTY: dict[str, Any] = {"libtpu": "", "chips": {}, "upstream": {}, "serving": {}, "steps": {}}
 FOUND: dict[str, Any] = json.loads(RECORD.read_text()) if RECORD.exists() else EMPTY
 ROWS = [(chip, shape) for chip, shapes in MATRIX.items() for shape in shapes]
 compiles = pytest.mark.skipif(
@@ -45,6 +45,8 @@ LIMITS = {
 LLAMA = ("llama_page16", "llama_page32", "llama_page128")
 # A TPU cannot load f16, so XLA reinterprets those pages as int16: a copy of the cache a call.
 COPIED = ("f16", "f16_in_f32")
+# Serving steps whose cache must stay where it lies, whatever the head size, when XLA may choose its layout.
+STEPS = ("llama_page16", "gpt_oss_d64", "d80", "d96", "d192")
 # A serving shape must compile within these on a chip: CPU seconds and resident bytes of the whole process.
 COMPILE_SECONDS, COMPILE_MIB = 30, 1024
 
@@ -140,6 +142,21 @@ def test_recorded_serving_shape_compiled_within_its_limits(chip):
     assert fact["rss_mib"] < COMPILE_MIB
 
 
+@pytest.mark.parametrize("shape", STEPS)
+def test_recorded_serving_step_moves_no_cache(shape):
+    """With `Layout.AUTO`; JAX's usual layout of a head size that is no multiple of 128 costs two copies a step."""
+    fact = FOUND["steps"][shape]
+    static = signature(shape)
+    moves_no_cache(fact["auto"], fact["cache_bytes"])
+    assert fact["auto"]["held_bytes"] == static.num_pages * static.page_size * chips.token_bytes(static)
+    assert (fact["default"]["copies"] > 0) == (static.head_dim % 128 > 0)
+
+
+def moves_no_cache(step: dict[str, Any], cache_bytes: int) -> None:
+    assert step["copies"] == 0
+    assert step["temp_bytes"] < cache_bytes // 4
+
+
 # ------------------------------------------------------------------ the compiler, again
 
 
@@ -167,6 +184,13 @@ def test_serving_upstream_beside_ours():
     """JAX's own kernel, compiled in the same run."""
     (fact,) = aot("upstream", "v6e")
     assert fact["mixed"]["bundles"] > recorded("v6e", "llama_page16")["mixed"]["bundles"]
+
+
+@pytest.mark.libtpu
+@compiles
+def test_serving_step_moves_no_cache():
+    (fact,) = aot("step", "v6e", "gpt_oss_d64")
+    moves_no_cache(fact["auto"], fact["cache_bytes"])
 
 
 @pytest.mark.slow
@@ -227,7 +251,7 @@ def keep(section: str, chip: str, fact: dict[str, Any]) -> None:
         fact.pop("rss_mib")  # of a process that compiled many; `serving` has it
         FOUND["chips"].setdefault(chip, {})[shape] = fact
     else:
-        FOUND[section][chip] = fact
+        FOUND.setdefault(section, {})[shape if section == "steps" else chip] = fact
     FOUND["chips"] = {c: {s: rows[s] for s in MATRIX[c] if s in rows} for c, rows in FOUND["chips"].items()}
     RECORD.write_text(written())
 
@@ -259,6 +283,8 @@ def main(*wanted: str) -> None:
             for section, what in (("serving", "compile"), ("upstream", "upstream")):
                 for fact in aot(what, chip, "llama_page16"):
                     keep(section, chip, fact)
+        for fact in aot("step", chip, *STEPS) if chip == "v6e" else ():
+            keep("steps", chip, fact)
         for fact in aot("budget", chip, *MATRIX[chip]):
             print(chip, fact["shape"], fact.get("decode"), fact.get("mixed"), flush=True)
             keep("chips", chip, fact)

@@ -213,6 +213,16 @@ def test_blocks_that_no_limit_holds_are_named():
         tpu.run(case, cfg=cfg)
 
 
+def test_a_limit_past_the_chip_is_the_chips():
+    """Blocks are cut to what a v4 has, not to what the caller thinks it has; explicit ones are refused by its name."""
+    case = build(*MIXED, Shape(page=128, q_heads=128, kv_heads=16, head_dim=256), dtype="bfloat16")
+    static = dataclasses.replace(tpu.signature_of(case), vmem_limit_bytes=1 << 30)
+    device = dataclasses.replace(tpu.DEVICE, kind="TPU v4", interpreted=False)
+    reason = pallas_tpu.BACKEND.supports(static, device)
+    assert reason is not None
+    assert "what v4 can spare is 14.4 MiB" in reason
+
+
 @pytest.mark.parametrize("kind", sorted(set(chips.CHIPS)))
 def test_every_shape_that_is_promised_has_blocks_that_fit(kind):
     """Head sizes, heads, groups and pages of bf16 and fp8 caches; what a v4 cannot hold is refused by name."""

@@ -3,6 +3,7 @@
     python tests/tpu_aot.py compile CHIP SHAPE...      one JSON line a shape: seconds, code and temporary bytes
     python tests/tpu_aot.py budget CHIP SHAPE...       and what the compiler's schedule says: VMEM, each block loop
     python tests/tpu_aot.py upstream CHIP              the same for the kernel JAX ships, at Llama-3-8B heads
+    python tests/tpu_aot.py step CHIP SHAPE...         a serving step: does it move the cache, in whose layout
 
 A process of its own because libtpu reads its flags when jax is imported.
 """
@@ -35,7 +36,7 @@ _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*((?:>\s?)*)")
 def main(what: str, chip: str, *shapes: str) -> None:
     os.environ.update(QUIET)
     folder = tempfile.mkdtemp(prefix="rpa-llo-")
-    if what != "compile":
+    if what in ("budget", "upstream"):
         # Only what is read below: all seventy passes take longer to write than to run.
         wanted = "--xla_jf_dump_llo_pass_label_regex=.*(final_|post-ra).*"
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {wanted}"
@@ -44,8 +45,8 @@ def main(what: str, chip: str, *shapes: str) -> None:
         for shape in shapes or ("llama_page16",):
             for path in Path(folder).iterdir():
                 path.unlink()
-            facts = compile_upstream(chip) if what == "upstream" else compile_ours(chip, shape)
-            if what != "compile":
+            facts = COMPILERS[what](chip, shape)
+            if what in ("budget", "upstream"):
                 facts |= {"vmem_bytes": vmem_bytes(folder), "loops": block_loops(folder)}
             print(json.dumps({"chip": chip, "shape": shape, **facts}), flush=True)
     finally:
@@ -150,7 +151,49 @@ class chip_mesh:
         self.mesh.__exit__(*error)
 
 
-def compile_upstream(chip: str) -> dict[str, Any]:
+def compile_step(chip: str, shape: str) -> dict[str, Any]:
+    """What a server compiles: new tokens are written into pages that it donates, then attended to.
+
+    The layout of the pages is XLA's own choice ("auto", by `Layout.AUTO`) or the one JAX gives such a shape
+    ("default"); `held_bytes` is the cache in that layout, padding included, `copies` are those of the whole cache.
+    """
+    import jax
+    from jax.experimental.layout import Format, Layout
+    from tpu_shapes import signature
+
+    from rpa import device, registry
+    from rpa.signature import Inputs
+
+    static = signature(shape)
+    backend = registry.load("pallas_tpu")
+    queries, pages, *metadata = argument_specs(static)
+    tokens = jax.ShapeDtypeStruct((static.num_tokens, *pages.shape[2:]), pages.dtype)
+    places = jax.ShapeDtypeStruct((static.num_tokens,), "int32")
+    facts: dict[str, Any] = {"cache_bytes": pages.size * pages.dtype.itemsize}
+
+    def step(pages: Any, tokens: Any, page: Any, slot: Any, queries: Any, metadata: Any) -> Any:
+        pages = pages.at[page, slot].set(tokens)
+        return backend.run(Inputs(queries, pages, *metadata), static, config), pages
+
+    with chip_mesh(chip) as here:
+        config = backend.heuristic(static, device.current())
+        for name, kept in (("auto", Format(Layout.AUTO, here)), ("default", here)):
+            shardings = {"in_shardings": (kept, here, here, here, here, here), "out_shardings": (here, kept)}
+            jitted = jax.jit(step, donate_argnums=0, **shardings)
+            compiled = jitted.lower(pages, tokens, places, places, queries, metadata).compile()
+            memory: Any = compiled.memory_analysis()
+            text: Any = compiled.as_text()
+            copies = re.findall(rf"= \w+\[{','.join(map(str, pages.shape))}\]\S* copy\(", text)
+            facts[name] = {
+                "order": compiled.input_formats[0][0].layout.major_to_minor,
+                "held_bytes": memory.alias_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "copies": len(copies),
+            }
+    return facts
+
+
+def compile_upstream(chip: str, _: str) -> dict[str, Any]:
     """Compile the kernel that ships with JAX at the same heads, pages and block."""
     import functools
 
@@ -165,6 +208,8 @@ def compile_upstream(chip: str) -> dict[str, Any]:
         jax.jit(call).lower(*specs).compile()
     return {}
 
+
+COMPILERS = {"compile": compile_ours, "budget": compile_ours, "upstream": compile_upstream, "step": compile_step}
 
 # ------------------------------------------------------------------ reading the schedule
 

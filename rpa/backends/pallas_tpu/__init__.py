@@ -3,11 +3,15 @@
 Read `plan` (what is compiled), `tiles` (the work list), `transfers` (what moves, and who asks), `kernel` (the loops),
 `operands` (what the dots get), `call` (arrays in and out) and `chips` (block sizes, and what does not fit).
 
-Two things cost a copy of the whole cache a call, made by XLA and not here, and that many bytes more of HBM:
-float16 pages, which a TPU cannot load and which travel as int16 (read and written once: 4 * P * page * 2 * Hkv * D
-bytes); and a head size that is no multiple of 128 in JAX's default layout, which puts the pages innermost (as much,
-and the copy's rows are padded to 128 lanes). A cache kept row-major is read where it lies, lanes padded:
-`jax.experimental.layout.Format(Layout((0, 1, 2, 3)), sharding)`.
+Two things can cost a copy of the whole cache a call, made by XLA and not here:
+
+- A head size that is no multiple of 128, in JAX's usual layout, which puts the pages innermost (their tokens,
+  where a page has a multiple of 128): the elements of a page lie a pool apart, and no transfer can fetch it. Rows of 128 lanes, padded, are read where they lie. XLA chooses them
+  when it may: `Format(Layout.AUTO, sharding)` (`jax.experimental.layout`) among the jit's in_shardings and
+  out_shardings. Then a step that writes and reads a cache of D 64, 80, 96 or 192 copies nothing; otherwise it copies
+  the cache twice (`tests/bench/records/tpu_aot.json`, steps). The padding costs HBM: twice the bytes for D 64.
+- float16 pages. Mosaic takes no f16 argument, and XLA's `bitcast_convert_type` writes what it returns, even from f32
+  to u32: the cache is read and written once a call, and held twice. Keep such a cache in bf16.
 """
 
 from __future__ import annotations

@@ -57,8 +57,11 @@ def of(device: Device) -> Chip:
 
 
 def vmem_limit(signature: Signature, device: Device, share: float = VMEM_SHARE) -> int:
-    """Bytes of VMEM the kernel may use: the caller's limit, or a share of the chip's."""
-    return signature.vmem_limit_bytes or int(of(device).vmem * share)
+    """Bytes of VMEM the kernel may use: the caller's limit where the chip has as much, or a share of the chip's."""
+    chip, asked = of(device), signature.vmem_limit_bytes
+    if asked is None:
+        return int(chip.vmem * share)
+    return asked if chip is UNKNOWN else min(asked, int(chip.vmem * VMEM_MOST))
 
 
 def vmem_granted(signature: Signature, device: Device, plan: Plan) -> int:
@@ -78,7 +81,7 @@ def too_large(signature: Signature, device: Device, plan: Plan) -> str | None:
     limit = vmem_limit(signature, device, VMEM_MOST)
     if plan.vmem_bytes <= limit:
         return None
-    source = "vmem_limit_bytes" if signature.vmem_limit_bytes else f"what {of(device).name} can spare"
+    source = "vmem_limit_bytes" if limit == signature.vmem_limit_bytes else f"what {of(device).name} can spare"
     return (
         f"a block of {plan.block_pages} pages of {plan.page} tokens with {plan.block_q} query rows, "
         f"{plan.q_heads} query and {plan.heads} kv heads of size {plan.head_dim} needs about "
