@@ -151,10 +151,12 @@ def test_an_interrupted_tuning_run_ends_at_once_and_leaves_the_store_whole(tmp_p
 @pytest.mark.slow
 def test_workers_tune_cells_side_by_side_into_one_table(tmp_path):
     table = tmp_path / "table.json"
-    command = [sys.executable, "-m", "fuzz.cli", "tune", "--only", "tiny", "--budget", "60", "--workers", "2"]
-    done = subprocess.run([*command, "--iters", "4", "--table", table], text=True, capture_output=True)
+    command = [sys.executable, "-m", "fuzz.cli", "tune", "--budget", "2h", "--workers", "2", "--iters", "4"]
+    words = ["--only", "tiny.full/b4x", "--only", "p16", "--table", table]
+    done = subprocess.run([*command, *words], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     entries = json.loads(table.read_text())["entries"]
+    assert len(entries) == 5
     assert f"{len(entries)} configs in {table}" in done.stdout.replace("\n", "")
     for key, entry in entries.items():
         assert key.startswith("ragged_page_attention_v2@0|auto tokens<=")
