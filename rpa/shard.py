@@ -4,7 +4,7 @@ Heads: every device holds its query heads and the kv heads they read; nothing is
 sees all metadata and keeps a contiguous, equally heavy range of sequences, so the static shapes, and with them the
 bits, stay those of one device; one sum puts the rows together. Pages: every device attends to the pages it holds,
 each row as a sequence of its own over a compacted table, and the parts are weighted by `exp(lse)` (the split-KV
-merge of flash decoding, across devices).
+merge of flash decoding, across devices). A window that starts inside a page makes a second such call over slots.
 """
 
 from __future__ import annotations
