@@ -5,11 +5,12 @@ Read `plan` (what is compiled), `tiles` (the work list), `transfers` (what moves
 
 Two things can cost a copy of the whole cache a call, made by XLA and not here:
 
-- A head size that is no multiple of 128, in JAX's usual layout, which puts the pages innermost (their tokens,
-  where a page has a multiple of 128): the elements of a page lie a pool apart, and no transfer can fetch it. Rows of 128 lanes, padded, are read where they lie. XLA chooses them
-  when it may: `Format(Layout.AUTO, sharding)` (`jax.experimental.layout`) among the jit's in_shardings and
-  out_shardings. Then a step that writes and reads a cache of D 64, 80, 96 or 192 copies nothing; otherwise it copies
-  the cache twice (`tests/bench/records/tpu_aot.json`, steps). The padding costs HBM: twice the bytes for D 64.
+- A head size that is no multiple of 128, in JAX's usual layout: the pages lie innermost, the elements of one a pool
+  apart, and no transfer can fetch it (a page of 128 tokens lies in one piece, but transposed). Rows of 128 lanes,
+  padded, are read where they lie, and XLA chooses them when it may: `Format(Layout.AUTO, sharding)`
+  (`jax.experimental.layout`) among the jit's in_shardings and out_shardings. Then a step that writes and reads a cache
+  of D 64, 80, 96 or 192 copies nothing; otherwise it copies the cache twice (`tests/bench/records/tpu_aot.json`,
+  steps). The padding costs HBM: twice the bytes for D 64.
 - float16 pages. Mosaic takes no f16 argument, and XLA's `bitcast_convert_type` writes what it returns, even from f32
   to u32: the cache is read and written once a call, and held twice. Keep such a cache in bf16.
 """
