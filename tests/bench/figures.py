@@ -77,6 +77,11 @@ def tpu() -> str:
             f"| {chip} | {ours['decode']['bundles']} | {ours['mixed']['bundles']} | {theirs} | {ours['hbm_cycles']} "
             f"| {100 * ours['static_bandwidth_use']:.0f} % |"
         )
+    lines += ["", "Decode at page 32 by dtype of the pages, bundles / HBM cycles; the larger one bounds the time:", ""]
+    lines += ["| chip | bfloat16 | float8_e4m3fn | int8 |", "|---|---|---|---|"]
+    for chip in ("v5e", "v6e", "tpu7x"):
+        rows = (record["chips"][chip][shape] for shape in ("llama_page32", "fp8_e4m3", "int8"))
+        lines.append(f"| {chip} | " + " | ".join(f"{r['decode']['bundles']} / {r['hbm_cycles']}" for r in rows) + " |")
     return "\n".join(lines) + "\n"
 
 
