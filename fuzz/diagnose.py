@@ -28,6 +28,7 @@ TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
 # A distance of 0 is the same errors, of 1 no likeness at all; past the last nothing is named.
 ALIKE, SIMILAR, LIKENESS = 0.15, 0.5, 0.9
 CANDIDATES = 20
+KEYS = 2000  # a plan with longer contexts is no evidence if there is another: the model kernel is slow
 SECONDS = 10.0  # for either round; a context of thousands of keys takes the model that long
 # Failures that name their own family.
 _BY_KIND = {
@@ -65,6 +66,7 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     """The best explanation of a failure, by the target's answers to a few failing plans."""
     if judgement.kind in _BY_KIND:
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
+    plans = [plan for plan in plans if _keys(plan) <= KEYS] or plans[:1]
     evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
     if not any(e.error.any() or e.broken.any() for e in evidence):
         return UNKNOWN  # it raises, or is right when asked again
@@ -81,6 +83,10 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     alike = tuple(m.id for distance, m in ranked[1:4] if distance <= best + 0.02)
     family = _majority([m for distance, m in ranked if distance <= best + 0.02])
     return Diagnosis(mutant.id, family, best, alike)
+
+
+def _keys(plan: Plan) -> int:
+    return sum(context for rows, context in plan.lengths if rows)
 
 
 def _ranked(mutants: Sequence[Mutant], evidence: Sequence[_Evidence], late: float) -> list[tuple[float, Mutant]]:
