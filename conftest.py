@@ -7,6 +7,7 @@ import signal
 import tempfile
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before jax is imported: a CUDA plugin or libtpu without its device would warn, and warnings are errors here.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +15,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # No test may read, or change, the configs that the developer of this machine has tuned.
 os.environ["RPA_CACHE_DIR"] = tempfile.mkdtemp(prefix="rpa-tests-")
+
+
+# A machine under load is no fault of a test.
+settings.register_profile("rpa", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rpa")
 
 
 def pytest_configure() -> None:
