@@ -60,7 +60,7 @@ def rpa_fuzz(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_right_kernel_passes_and_leaves_a_report(folder: Path) -> None:
+def test_a_right_kernel_passes_and_leaves_a_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "20", "--out", "out")
     assert done.returncode == 0, done.stderr
     whole = json.loads((folder / "out/summary.json").read_text())
@@ -69,23 +69,32 @@ def test_a_right_kernel_passes_and_leaves_a_report(folder: Path) -> None:
     assert whole["exact_cases"] >= 1
     assert {"report.md", "report.html", "record.jsonl"} <= {p.name for p in (folder / "out").iterdir()}
     # The budget counts what the record holds: nothing is left to do.
-    again = rpa_fuzz(folder, "run", "--target", "own:right", "--max-examples", "20", "--out", "out")
-    assert again.returncode == 0
+    monkeypatch.chdir(folder)
+    assert here("run", "--target", "own:right", "--max-examples", "20", "--out", "out") == 0
     assert read_record(folder / "out").cases == 20
 
 
-def test_a_wrong_kernel_fails_leaves_a_script_and_replays(folder: Path) -> None:
+def here(*arguments: str) -> int:
+    """The exit status of a command in this process, which has imported everything already."""
+    with pytest.raises(SystemExit) as ended:
+        app(arguments)
+    return int(ended.value.code or 0)
+
+
+def test_a_wrong_kernel_fails_leaves_a_script_and_replays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     done = rpa_fuzz(folder, "run", "--target", "mutant:window_wide", "--max-examples", "15", "--out", "out")
     assert done.returncode == 1, done.stderr
     assert "behaves like window_wide" in done.stderr
     (found,) = (folder / "out/failures").iterdir()
     assert {p.name for p in found.iterdir()} == {"case.npz", "reproduce.py"}
     assert json.loads((folder / "out/corpus.jsonl").read_text().splitlines()[0])["target"] == "mutant:window_wide"
-    replayed = rpa_fuzz(folder, "replay", str(found))
-    assert replayed.returncode == 1, replayed.stderr
-    assert "beyond HARD" in replayed.stderr.replace("\n", " ")
-    assert rpa_fuzz(folder, "replay", str(found), "--target", "model").returncode == 0
-    assert rpa_fuzz(folder, "report", "out").returncode == 1
+    monkeypatch.chdir(folder)
+    assert here("replay", str(found)) == 1
+    assert "beyond HARD" in capsys.readouterr().err.replace("\n", " ")
+    assert here("replay", str(found), "--target", "model") == 0
+    assert here("report", "out") == 1
 
 
 @pytest.mark.parametrize(
@@ -113,9 +122,7 @@ def test_exit_codes_are_the_contracts(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as ended:
-        app(arguments)
-    assert ended.value.code == code
+    assert here(*arguments) == code
     assert words in capsys.readouterr().err
 
 

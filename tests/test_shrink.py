@@ -110,6 +110,7 @@ def test_an_accepted_illegal_value_is_diagnosed_by_its_kind() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_nine_in_ten_failures_shrink_to_one_sequence_of_eight_tokens_and_are_explained() -> None:
     judged = [m for m in MUTANTS if m.id != "accepts_bad"]  # it fails without a case
     small = explained = 0
