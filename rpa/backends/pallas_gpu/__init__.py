@@ -145,12 +145,22 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
     return RaggedPageAttentionv2Config(platform="pallas", backend="gpu")
 
 
+# What is worth measuring of each role; where two give one program, the tuner times one.
+DECODES = (("workers", 1), ("workers", 2), ("workers", 3), ("workers", 4), ("least_chunk", 256), ("least_chunk", 1024))
+PREFILLS = (("queries", 1), ("queries", 2), ("teams", 1), ("prefill_block", 64), ("prefill_block", 128), ("turns", 0))
+MIXES = (("mixed_chunk", 1024), ("mixed_chunk", 4096), ("mixed_stages", 2), ("turns", 0))
+
+
 def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentionv2Config, ...]:
     base = heuristic(signature, device)
-    several = [base]
-    for workers in (1, 3):
-        several.append(base.replace(options=(("workers", workers),)))
-    return tuple(several)
+    todo = program(signature, base, device.interpreted)
+    if todo.prefill is None:
+        several = DECODES
+    elif todo.decode is None:
+        several = PREFILLS
+    else:
+        several = MIXES if todo.fused else DECODES + PREFILLS
+    return (base, *(base.replace(options=(option,)) for option in several))
 
 
 def claim(signature: Signature, device: Device) -> dict:
