@@ -215,6 +215,7 @@ def _known_small(plan: Plan) -> Iterator[Plan]:
         for rows in (context, 1):
             roomy = _reshape(plan.replace(lengths=()), **shape)
             yield from _proposed(roomy.replace(lengths=((rows, context),)))
+            yield from _proposed(roomy.replace(lengths=((rows, context),), data="normal", amplitude=1.0))
 
 
 def _other_pages(plan: Plan) -> Iterator[Plan]:
