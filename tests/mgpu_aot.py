@@ -90,9 +90,7 @@ def compiled(name: str, sharding) -> dict:
     }  # fmt: skip
     found = {key: re.findall(pattern, text) for key, pattern in numbers.items()}
     entry = program[program.index("ENTRY") :].splitlines()
-    launches = sum(
-        bool(re.match(r"\s*(ROOT )?%.* (fusion|custom-call|copy|sort|while)\(", line)) for line in entry
-    )
+    launches = sum(bool(re.match(r"\s*(ROOT )?%.* (fusion|custom-call|copy|sort|while)\(", line)) for line in entry)
     return {"call": name, "launches": launches} | {
         k: [int(x) if x.isdigit() else x for x in v] for k, v in found.items()
     }

@@ -195,9 +195,7 @@ def layouts(count: int):
 def expected(inputs: Inputs, shape: tiles.Shape):
     """Row by row, from `rpa.layout`: owner (1 valid, 2 invalid, 0 nobody), sequence, position."""
     case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
-    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
-        "sliding_window": shape.window
-    }
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {"sliding_window": shape.window}
     ragged = layout.sanitize(inputs, Signature(**rest | case_shape))
     owner, sequence, position = np.zeros(40, int), np.zeros(40, int), np.full(40, -1)
     for s in range(4):
@@ -215,9 +213,7 @@ def metadata(inputs: Inputs) -> rows.Metadata:
 def astray(inputs: Inputs, shape: tiles.Shape) -> np.ndarray:
     """bool [S]: sequences that `rpa.layout` calls invalid for a page alone."""
     case_shape: dict[str, Any] = dict(num_tokens=40, num_pages=20, page_size=8, max_seqs=4, pages_per_seq=6)
-    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {
-        "sliding_window": shape.window
-    }
+    rest: dict[str, Any] = {f.name: None for f in dataclasses.fields(Signature)} | {"sliding_window": shape.window}
     signature = Signature(**rest | case_shape)
     pages = inputs._replace(block_tables=jnp.clip(inputs.block_tables, 0, 19))
     return np.asarray(layout.sanitize(pages, signature).valid & ~layout.sanitize(inputs, signature).valid)
@@ -291,18 +287,14 @@ def prove_lanes() -> None:
         if seed % 3 == 0:
             loc = np.minimum(np.arange(sequences + 1) + random.integers(0, 2), tokens)
         if seed % 4 == 1:
-            loc[random.integers(0, sequences + 1, 2)] = random.choice(
-                [-3, tokens + 9, 2**31 - 1, -(2**31)], 2
-            )
+            loc[random.integers(0, sequences + 1, 2)] = random.choice([-3, tokens + 9, 2**31 - 1, -(2**31)], 2)
         if seed % 4 == 3:
             loc = random.integers(-3, tokens + 5, sequences + 1)
         loc, context = loc.astype(np.int32), random.integers(-5, 2**31 - 1, sequences, dtype=np.int32)
         count = int(random.integers(0, sequences + 1)) if seed % 5 == 0 else sequences
         memory = {1 << 20: loc, 1 << 40: context}
         for row in {0, tokens - 1, *(int(x) for x in random.integers(0, tokens, 5))}:
-            want = [
-                int(x) for x in find(jnp.int32(row), jnp.int32(count), jnp.asarray(loc), jnp.asarray(context))
-            ]
+            want = [int(x) for x in find(jnp.int32(row), jnp.int32(count), jnp.asarray(loc), jnp.asarray(context))]
             inputs = {"$5": row, "$6": count, "$7": sequences, "$8": 1 << 20, "$9": 1 << 40}
             after = ptx.run(text, inputs, memory)
             got = [after[f"${n}"] for n in range(5)]
@@ -328,9 +320,7 @@ def prove_items() -> None:
             if tiling.singles:
                 found = plan.live_units(plan.owners(inputs, shape), shape, tiling)
                 units = decode.Listed(found.listed, found.through)
-            one = functools.partial(
-                decode.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling
-            )
+            one = functools.partial(decode.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling)
             listed = tiling.units if units is None else units.through[-1]
             return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), listed
 
@@ -338,9 +328,7 @@ def prove_items() -> None:
         for seed, (inputs, shape) in enumerate(layouts(24)):
             if seed % 2:  # the page of a last key, which a sequence's earlier rows may not see
                 column = np.clip(np.asarray(inputs.context_lens) - 1, 0, 47) // 8
-                inputs = inputs._replace(
-                    block_tables=inputs.block_tables.at[seed % 4, column[seed % 4]].set(-1)
-                )
+                inputs = inputs._replace(block_tables=inputs.block_tables.at[seed % 4, column[seed % 4]].set(-1))
             owner, sequence, position = expected(inputs, shape)
             lengths = np.bincount(sequence[owner == 1], minlength=4)
             items_, listed = find(inputs, shape)

@@ -91,8 +91,6 @@ def watched() -> Iterator[list[GPURaceDetectionState]]:
     with (
         mock.patch.multiple(gpu_callbacks, **replaced),
         mock.patch.object(shared_memory.GPUSharedMemory, "get_next_tma_thread_id", place),
-        plgpu.force_gpu_interpret_mode(
-            plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
-        ),
+        plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)),
     ):
         yield verdicts

@@ -30,9 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def reports() -> dict[str, dict]:
     script = str(ROOT / "tests" / "mgpu_aot.py")
-    done = subprocess.run(
-        [sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False
-    )
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {line["call"]: line for line in lines}

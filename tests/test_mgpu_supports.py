@@ -56,9 +56,7 @@ def test_pages_of_eight_bits_are_taken_with_scales(dim, stored, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("page", [8, 16, 48, 256])
 def test_the_shapes_it_is_for_are_taken(dim, dtype, page):
-    call = dataclasses.replace(
-        CALL, head_dim=dim, page_size=page, q_dtype=dtype, kv_dtype=dtype, compute_dtype=dtype
-    )
+    call = dataclasses.replace(CALL, head_dim=dim, page_size=page, q_dtype=dtype, kv_dtype=dtype, compute_dtype=dtype)
     assert pallas_gpu.supports(call, H200) is None
 
 
@@ -71,11 +69,7 @@ def test_every_ring_fits_shared_memory(tokens, dim, window):
     todo = program(call, RaggedPageAttentionv2Config(), interpreted=False)
     ring = 0
     if todo.prefill is not None:
-        ring = (
-            2
-            * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1))
-            * dim
-        )
+        ring = 2 * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1)) * dim
     if todo.decode is not None:
         assert todo.decode.stages >= 1
         assert todo.decode.chunk % todo.decode.block == 0
