@@ -143,7 +143,7 @@ def test_pool_past_2_31_elements(backend):
 
 # ------------------------------------------------------------------ the device itself
 
-SWEEPS = {"gpu": ("fuzz.sweep", "fuzz.adapters.triton_sweep"), "tpu": ("fuzz.sweep",)}
+SWEEPS = {"gpu": ("fuzz.sweep", "fuzz.adapters.triton_sweep", "fuzz.adapters.mosaic_sweep"), "tpu": ("fuzz.sweep",)}
 
 
 @pytest.mark.slow

@@ -163,6 +163,9 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
     return (base, *(base.replace(options=(option,)) for option in several))
 
 
+EPS_TANH = 2.0**-10  # `python -m fuzz.adapters.mosaic_sweep` measures it
+
+
 def claim(signature: Signature, device: Device) -> dict:
     """Operands as stored, weights rounded once; tanh and exp2 are the hardware's approximations."""
     exact = numerics.claim(signature, device, 32)  # blocks of 64 keys at least, and the joins of splits
@@ -171,7 +174,7 @@ def claim(signature: Signature, device: Device) -> dict:
         "u_in": 0.0,
         "u_p": numerics.ROUNDOFF[dots],
         "eta_p": numerics.UNDERFLOW[dots],
-        "eps_tanh": 2.0**-10,
+        "eps_tanh": EPS_TANH,
     }
 
 
