@@ -96,7 +96,7 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "prefill_odd_group": lambda: build(
         (130,),
         (131,),
-        dataclasses.replace(TILED, q_heads=3),
+        dataclasses.replace(TILED, q_heads=3, rows=139),  # rows that no swizzled copy takes
         first_row=3,
         dtype="float16",
         compute_dtype="float16",
@@ -356,6 +356,22 @@ def prove_items() -> None:
                     assert (bad[:, token] == (owner[token] == 2)).all(), (token, owner[token])
 
 
+def prove_places() -> None:
+    """Where one buffer is a tile's output by either way out, no warpgroup's place overlaps another's in the other.
+
+    The interpreter gives each way memory of its own, so what the GPU shares is looked at here.
+    """
+    for d in range(16, 257, 16):
+        shape = tiles.Shape(64, 3, 1, d, 8, 20, 6, "float16", 0.1, None, None)
+        for memory in (prefill_work.SPARE, prefill_work.SHARED):
+            scratch = prefill_work.scratch_types(shape, prefill_work.Tiling(1, 64, 2, 1, memory=memory))
+            union: Any = scratch.q if memory == prefill_work.SHARED else scratch.out
+            assert len({int(np.prod(ref.shape[1:])) for ref in union.refs}) == 1, (d, [r.shape for r in union.refs])
+            whole, padded = (ref.shape[1] for ref in union.refs)
+            assert whole % 8 == 0, "a swizzle repeats every eight rows"
+            assert min(whole, padded) >= prefill_work.M
+
+
 def prove_combine() -> None:
     """Splits of exact numbers join exactly; what dead items hold does not matter; nobody's rows are 0, bad ones NaN."""
     random = np.random.default_rng(0)
@@ -412,6 +428,7 @@ PROOFS: dict[str, Callable[[], None]] = {
     "tiles": prove_tiles,
     "items": prove_items,
     "lanes": prove_lanes,
+    "places": prove_places,
     "combine": prove_combine,
     "stray": prove_stray,
     "invalid": prove_invalid,

@@ -13,7 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Bytes of spill stores a kernel may have; the rest may have none. Window decode: three workers spill a little and are
 # still 6 % faster on the H200 than four.
-SPILLED = {"decode_window": 64, "decode_int8": 128, "prefill_256": 96, "prefill_window": 32, "mixed": 32}
+SPILLED = {
+    "decode_window": 64,
+    "decode_int8": 128,
+    "prefill_256": 96,
+    "prefill_240": 400,
+    "prefill_window": 32,
+    "mixed": 32,
+}
 # Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
 LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 5, "mixed": 14}
 
@@ -41,6 +48,7 @@ def reports() -> dict[str, dict]:
     [
         *("decode", "decode_window", "decode_e4m3", "decode_int8", "mixed", "mixed_e5m2"),
         *("prefill", "prefill_256", "prefill_window", "prefill_e4m3", "prefill_192_int8"),
+        *("prefill_odd", "prefill_240", "mixed_odd"),
     ],
 )
 def test_the_kernel_fits_and_keeps_its_registers(reports, call):

@@ -185,10 +185,12 @@ def store(place, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape
         if lse_ref is not None:
             lse_ref[pl.ds(mine.token, M), mine.head] = lse
 
-    if shape.tokens >= M:
+    # A swizzled copy asks for whole eights of rows, of the array too; else whole tiles leave as partial ones do.
+    at_once = shape.tokens >= M and shape.tokens % 8 == 0
+    if at_once:
         pl.when(rows == M)(whole)
 
-    @pl.when((rows > 0) & (rows < M))
+    @pl.when((rows > 0) & ((rows < M) if at_once else True))
     def _():
         stage_rows(out, s.tail.at[place])
         if lse_ref is not None:
@@ -229,7 +231,7 @@ def put_rows(mine: Item, tail_ref, o_ref, shape: Shape) -> None:
             plgpu.copy_smem_to_gmem(tail_ref.at[pl.ds(i, 1), pl.ds(0, d)], target)
 
         return
-    for bit in (bit for bit in (32, 16, 8, 4, 2, 1) if bit <= shape.tokens):
+    for bit in (bit for bit in (64, 32, 16, 8, 4, 2, 1) if bit <= shape.tokens):
         done = mine.begin + (rows & ~(2 * bit - 1))
         pl.when((rows & bit) != 0)(lambda bit=bit, done=done: put(done, bit))
 

@@ -74,7 +74,7 @@ class Scratch(NamedTuple):
     q: jax.Ref  # [2 * queries, M, D]
     k: jax.Ref  # [stages, block, D]
     v: jax.Ref  # [stages, block, D]
-    out: jax.Ref  # [2, M, D] (or as `q`), whole tiles on their way out
+    out: jax.Ref  # [2, M, D] (or as `q`), whole tiles on their way out; `place_rows` allocated, as of `tail`
     tail: jax.Ref  # as `out`, not swizzled: tiles that are not whole leave by rows, padded to what TMA can address
     lse: jax.Ref  # [2, M]
     p: jax.Ref  # [2, M, block] where `staged`
@@ -89,14 +89,27 @@ class Scratch(NamedTuple):
     raw: Any = ()  # the ring of stored numbers, where they are narrower than the operands
 
 
+def place_rows(d: int) -> tuple[int, int]:
+    """Rows of a place for M rows, swizzled and padded, such that both are equally long in memory.
+
+    Each warpgroup writes into its own place of one while the other may still read its own of the other: where the
+    places were of different lengths, one's tail lay over its neighbour's output (head sizes that are no multiple of
+    64; the interpreter, which keeps both apart, cannot see it).
+    """
+    padded = -(-d // 64) * 64
+    rows = next(n for n in range(M, 8 * M, 8) if n * d % padded == 0 and n * d >= M * padded)
+    return rows, rows * d // padded
+
+
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     d, dtype = shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     held = 2 * tiling.queries
     staged = held if tiling.memory == SHARED else 2
-    q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, M, -(-d // 64) * 64), jnp.dtype(dtype))
-    out = smem((staged, M, d), dtype)
+    rows, padded_rows = place_rows(d)
+    q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, padded_rows, -(-d // 64) * 64), jnp.dtype(dtype))
+    out = smem((staged, rows, d), dtype)
     both, none = plgpu.RefUnion(out, tail), plgpu.SMEM((M,), jnp.float32)
     raw, filled = (), copies
     if tiling.raw:
@@ -132,13 +145,18 @@ def fed_ring(s: Scratch, tiling: Tiling) -> tuple[Scratch, Tiling]:
 
 def unpacked(s: Scratch, tiling: Tiling) -> Scratch:
     """The scratch with the names of shared memory told apart."""
+    q, out, tail = s.q, s.out, s.tail
     if tiling.memory == SHARED:
         q, tail = s.q
-        return s._replace(q=q, out=q, tail=tail)
-    if tiling.memory == SPARE:
+        out = q
+    elif tiling.memory == SPARE:
         out, tail = s.out
-        return s._replace(out=out, tail=tail)
-    return s
+    return s._replace(q=tile(q), out=tile(out), tail=tile(tail))
+
+
+def tile(ref):
+    """The M rows that are used of each place."""
+    return ref if ref.shape[1] == M else ref.at[:, pl.ds(0, M)]
 
 
 def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:

@@ -123,7 +123,7 @@ def prefill_tiling(
     consumer, producer = (240, 24) if teams == 1 else (112, 32)
     stages = config.num_stages or config.option("prefill_stages", (4, 3)[teams - 1] if 64 * size <= 8192 else 2)
     room, ring = (SMEM - RESERVED) // teams, 2 * stages * block * size
-    tile = 2 * prefill_work.M * size  # queries or outputs of one tile
+    tile = 2 * prefill_work.place_rows(shape.head_dim)[0] * size  # queries or outputs of one tile
     # With pages of 16 and long tiles a second place for queries was no gain: 925 us against 852 for 1 x 8k.
     ahead = teams == 2 or piece(shape.page, block) >= 64
     queries = config.option("queries", 2 if ahead and ring + 2 * tile <= room else 1)
