@@ -33,7 +33,7 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
-    """Tune every cell until `end` (`time.time()`), in the order in which they get done.
+    """Tune every cell until `end` (`time.monotonic()`), in the order in which they get done.
 
     Several workers compile and judge side by side and take turns on the device.
     """
@@ -70,7 +70,7 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     from rpa.tune import TuningFailed
 
     cell, platform, iters, end, waiting = job
-    left = end - time.time()
+    left = end - time.monotonic()
     if left <= 0:
         return Outcome(cell.name, "no time was left")
     query, turns = query_of(cell, platform)

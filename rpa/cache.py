@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from rpa.config import RaggedPageAttentionv2Config
 
 SCHEMA = 1
 _PATIENCE = 20.0  # seconds to wait for another process's write
+_LARGEST = 64 << 20  # bytes, of 100,000 configs: a file of more is somebody else's and is not read
 Triple = tuple[str, str, str]  # device, operation, key
 
 overlays: ContextVar[tuple[Any, ...]] = ContextVar("rpa_overlays", default=())  # innermost first
@@ -146,7 +146,7 @@ class PersistentCache:
                 entries = {} if replace else _current(path)
                 _write(path, {**entries, **added})
         except (OSError, ValueError, TypeError, MemoryError, NotImplementedError, ImportError) as error:
-            _warn(f"{path}: configs are not stored, and are found anew in the next process: {error}")
+            warn(f"{path}: configs are not stored, and are found anew in the next process: {error}")
             return False
         PersistentCache.generation += 1
         return True
@@ -168,7 +168,7 @@ def _readable(file: Any) -> dict[str, Any]:
     try:
         return read(file)
     except (OSError, ValueError, MemoryError) as error:
-        _warn(f"{file}: this store is not usable and counts as empty: {error}")
+        warn(f"{file}: this store is not usable and counts as empty: {error}")
         return {}
 
 
@@ -181,6 +181,8 @@ def read(file: Any) -> dict[str, Any]:
     """
     if os.path.exists(file) and not os.path.isfile(file):  # opening a pipe would wait for its writer
         raise OSError("it is no file")
+    if (size := os.path.getsize(file)) > _LARGEST:
+        raise OSError(f"it has {size} bytes, and no store grows past {_LARGEST}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -199,7 +201,7 @@ def config_of(entry: Any, where: str, loader: Callable[[Any], Any] = RaggedPageA
     try:
         return loader(entry["config"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        _warn(f"{where} is not a usable config and is ignored: {error}")
+        warn(f"{where} is not a usable config and is ignored: {error}")
         return None
 
 
@@ -211,9 +213,9 @@ def render(entries: Mapping[str, Any]) -> str:
 
 def _write(path: Path, entries: Mapping[str, Any]) -> None:
     """Replace the file whole: a reader sees the old text or the new one, and a crash leaves one of them."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.new")  # one name, so that the killed writers leave one file at most
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(render(entries))
             file.flush()
             os.fsync(file.fileno())
@@ -230,7 +232,7 @@ def _plain(cfg: Any) -> Any:
     return dataclasses.asdict(cfg) if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type) else cfg
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 

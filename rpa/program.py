@@ -69,6 +69,25 @@ def _in_form(inputs: Inputs, signature: Signature) -> Inputs:
     )
 
 
+def _shapes(signature: Signature) -> Inputs:
+    """The inputs of a call, without values."""
+    sized, whole, real = jax.ShapeDtypeStruct, jnp.int32, jnp.float32
+    heads, kv_heads, seqs = signature.num_q_heads, signature.num_kv_heads, signature.max_seqs
+    pages = (signature.num_pages, signature.page_size, 2 * kv_heads, signature.head_dim)
+    shapes: tuple[Any, ...] = (
+        sized((signature.num_tokens, heads, signature.head_dim), signature.q_dtype),
+        sized(pages, signature.kv_dtype),
+        sized((seqs,), whole),
+        sized((seqs, signature.pages_per_seq), whole),
+        sized((seqs + 1,), whole),
+        sized((1,), whole),
+        sized((heads,), real) if signature.sinks else None,
+        sized((kv_heads,), real) if signature.k_scale else None,
+        sized((kv_heads,), real) if signature.v_scale else None,
+    )
+    return Inputs(*shapes)
+
+
 def nothing_to_do(signature: Signature) -> tuple[Any, Any]:
     """The answer where there is no row or no sequence: every row is nobody's."""
     shape = (signature.num_tokens, signature.num_q_heads)
@@ -91,6 +110,14 @@ class Program:
     @property
     def jitted(self) -> Any:
         return compiled(self.implementation, self.signature, self.config, self.device)
+
+    def refusal(self) -> str | None:
+        """Why it cannot be traced, if so; a call that follows finds the trace made."""
+        try:
+            self.jitted.eval_shape(_shapes(self.signature))
+        except Exception as error:  # whatever a backend makes of a config that was never meant for it
+            return f"{type(error).__name__}: {error}"
+        return None
 
     @property
     def label(self) -> str:

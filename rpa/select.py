@@ -113,11 +113,17 @@ def query_of(
     def fit(config: RaggedPageAttentionv2Config) -> tuple[RaggedPageAttentionv2Config | None, str]:
         if platform not in ("auto", config.platform) and config.platform != "auto":
             return None, f"it is for platform={config.platform!r}"
+        if config.backend not in ("any", device.platform):
+            return None, f"it is for backend={config.backend!r}"
         slots = registry.able(platform_of(platform, config), signature, device)
         if not slots:
             return None, f"no kernel of platform={config.platform!r} takes this call"
-        bare = config == RaggedPageAttentionv2Config(platform=config.platform)  # names no more than a backend
-        return (own_choice(slots[0]) if bare else config), ""
+        if config == RaggedPageAttentionv2Config(platform=config.platform):  # names no more than a backend
+            return own_choice(slots[0]), ""
+        refusal = program(config).refusal()
+        if refusal is not None:  # by hand, or by another version of the backend
+            cache.warn(f"a stored {config} is ignored: {refusal}")
+        return (config, "") if refusal is None else (None, refusal)
 
     return Query(
         op=f"{registry.ALGORITHM}@0",

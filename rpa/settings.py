@@ -46,4 +46,5 @@ def cache_dir() -> Path:
         return home / "Library" / "Caches" / "rpa"
     if sys.platform == "win32":
         return Path(get("LOCALAPPDATA") or home / "AppData" / "Local") / "rpa" / "Cache"
-    return Path(get("XDG_CACHE_HOME") or home / ".cache") / "rpa"
+    named = get("XDG_CACHE_HOME", "")  # its specification has relative paths ignored
+    return (Path(named) if os.path.isabs(named) else home / ".cache") / "rpa"

@@ -202,7 +202,8 @@ def _decided(trials: list[Trial], margin: float) -> Report:
 
 def _gain(first: Trial, best: Trial) -> tuple[float, float]:
     """How much slower the first is, relative, and the noise of that: compared round by round, free of drift."""
-    ratios = [a / b for a, b in zip(first.seconds, best.seconds, strict=False)]
+    pairs = zip(first.seconds, best.seconds, strict=False)
+    ratios = [a / b for a, b in pairs if a > 0 and b > 0] or [1.0]  # a clock may stand still or be set back
     if len(ratios) < 4:
         return statistics.median(ratios) - 1, max(ratios) - min(ratios)
     low, middle, high = statistics.quantiles(ratios, n=4)

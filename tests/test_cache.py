@@ -66,6 +66,32 @@ def test_a_broken_or_foreign_file_is_a_warning_and_a_miss_and_is_set_aside_by_th
     assert Path(f"{store.path}.bad").read_text() == text
 
 
+def test_a_file_cut_at_any_byte_is_a_warning_and_a_miss(store):
+    store.put("d", "o", "k", CFG)
+    whole = store.path.read_text()
+    for length in range(len(whole) - 1):  # its last byte is a line's end
+        store.path.write_text(whole[:length])
+        with pytest.warns(RuntimeWarning, match="counts as empty"):
+            assert _again(store).get("d", "o", "k") is None
+
+
+def test_a_huge_foreign_file_is_neither_read_nor_replaced(store, monkeypatch):
+    store.path.write_bytes(b"[")
+    os.truncate(store.path, 1 << 40)  # sparse; reading it would not end
+    with pytest.warns(RuntimeWarning, match=f"it has {1 << 40} bytes"):
+        assert store.get("d", "o", "k") is None
+    with pytest.warns(RuntimeWarning, match=r"are not stored.*bytes"):
+        store.put("d", "o", "k", CFG)
+    assert store.path.stat().st_size == 1 << 40
+
+
+def test_what_a_killed_writer_left_is_overwritten(store):
+    (store.path.parent / ".op.json.new").write_text('{"schema": 1, "ent')
+    store.put("d", "o", "k", CFG)
+    assert store.get("d", "o", "k") == CFG
+    assert {path.name for path in store.path.parent.iterdir()} == {"op.json", "op.json.lock"}
+
+
 def test_bytes_that_are_no_text_are_a_warning_and_a_miss(store):
     store.path.write_bytes(b"\xff\xfe\xfa")
     with pytest.warns(RuntimeWarning, match="counts as empty"):
@@ -201,6 +227,8 @@ def test_without_a_word_the_users_cache_folder_is_taken(tmp_path, monkeypatch):
     import platformdirs
 
     assert PersistentCache("op").path.parent == platformdirs.user_cache_path("rpa")
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # which its specification has ignored
+    assert PersistentCache("op").path == Path("~/.cache/rpa/op.json").expanduser()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a home is found differs by platform; Linux's is checked")
@@ -253,7 +281,7 @@ def test_a_disk_that_is_full_is_a_warning_and_leaves_the_old_file(store, monkeyp
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fdopen", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.warns(RuntimeWarning, match="No space left"):
         store.put("d", "o", "k", OTHER)
     monkeypatch.undo()

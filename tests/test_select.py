@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import jax
@@ -147,6 +148,34 @@ def test_a_stored_config_that_cannot_be_used_here_is_passed_over(tmp_path):
     found = chain.find(_query(fit=lambda cfg: (None, "too wide") if cfg == CFGS["memory"] else (cfg, "")))
     assert found.source == "autotune"
     assert ("memory", "its config cannot be used here: too wide") in found.trail
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_kv_splits": 3}, {"options": {"tma": 1}}, {"options": {"short_rows": 0}}, {"backend": "gpu"},
+     {"platform": "triton"}, {"platform": "cuda"}],
+    ids=str,
+)  # fmt: skip
+def test_a_stored_config_that_its_backend_refuses_is_a_miss_and_no_error(wrong):
+    call, store = small_call.arguments(), PersistentCache(select.STORE)
+    plain = ragged_page_attention_v2(**call)
+    store.put(*explain(**call).key, RaggedPageAttentionv2Config.from_dict({"platform": "xla", **wrong}))
+    traced_in_vain = set(wrong) & {"num_kv_splits", "options"}
+    with pytest.warns(RuntimeWarning, match="is ignored: ValueError: cfg") if traced_in_vain else nullcontext():
+        assert np.array_equal(ragged_page_attention_v2(**call), plain)
+        told = explain(**call)
+    assert told.source == "heuristic"
+    assert dict(told.trail)["persistent"].startswith("its config cannot be used here: ")
+
+
+def test_a_stored_config_is_tried_by_the_trace_that_the_call_needs_anyway(monkeypatch):
+    traced, xla = [], registry.load("xla")
+    counting = replace(xla, run=lambda *call: traced.append(call[2]) or xla.run(*call))
+    monkeypatch.setattr(registry, "load", lambda name: counting)
+    call, cfg = small_call.arguments(), RaggedPageAttentionv2Config(num_queries_per_block=32, platform="xla")
+    PersistentCache(select.STORE).put(*explain(**call).key, cfg)
+    ragged_page_attention_v2(**call)
+    assert traced == [cfg]
 
 
 def test_failed_tuning_is_shown_falls_to_the_heuristic_and_is_not_repeated(tmp_path):

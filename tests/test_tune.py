@@ -94,6 +94,12 @@ def test_a_gain_within_the_noise_keeps_the_first():
     assert _tune(programs, clock, iters=10, budget=1e9)[0] == "first"
 
 
+@pytest.mark.parametrize("moves", [0.0, -1.0, float("nan"), float("inf")], ids=str)
+def test_a_clock_that_stands_still_or_goes_wrong_keeps_the_first(moves):
+    clock = Clock()
+    assert _tune({"first": Fake(clock, moves), "other": Fake(clock, moves)}, clock, budget=1e9)[0] == "first"
+
+
 def test_rounds_go_through_all_candidates_so_that_drift_hits_all_alike():
     clock = Clock()
     # A machine that gets slower all the time: timed one after the other, the first would look fastest.

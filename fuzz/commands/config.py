@@ -109,7 +109,7 @@ def tune(
         raise _fail(f"--budget {budget!r}: 90, 90s, 10m or 2h is expected")
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise _fail(f"--table {table}: a file in an existing folder is expected")
-    end = time.time() + int(match[1]) * _UNITS[match[2]]
+    end = time.monotonic() + int(match[1]) * _UNITS[match[2]]
     if workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
     try:
