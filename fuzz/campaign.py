@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import corpus
-from fuzz.coverage import Coverage, Feature
+from fuzz.coverage import AXES, Coverage, Feature
 from fuzz.isolate import Child
 from fuzz.ledger import Ledger, Waiver
 from fuzz.plan import Plan
@@ -61,7 +61,8 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)
     worst: float = 0.0
     compiled: dict[str, int] = field(default_factory=dict)  # by session and worker
-    refused: set[Feature] = field(default_factory=set)  # features of shapes that the target does not take
+    declined: dict[str, int] = field(default_factory=dict)  # shapes that the target does not take, by its reason
+    barred: set[tuple[Feature, ...]] = field(default_factory=set)  # features, and pairs of them, that it never takes
     exact: int = 0
     elements: int = 0  # compared with a finite bound
     next_chunk: int = 0
@@ -80,16 +81,17 @@ class Tally:
         elif kind == "failure":
             self.failures[line["id"]] = line
         elif kind == "gap":
-            self.skipped[line["text"]] += 1
-            self.refused.update((axis, value) for axis, value in line.get("features", ()))
+            self.declined[line["text"]] = line["shapes"]
+        elif kind == "barred":
+            self.barred.update(tuple((axis, value) for axis, value in combination) for combination in line["those"])
         elif kind == "accepts":
             self.accepted = line["texts"]
         elif kind == "case":
             self._case(line)
 
     def pairs(self) -> tuple[int, int]:
-        """Pairs of features seen and possible, without the features that the target has refused and never taken."""
-        return self.coverage.share(frozenset(self.refused - self.coverage.count.keys()))
+        """Pairs of features seen and possible, without those that the target does not take."""
+        return self.coverage.share(self.barred)
 
     def _case(self, line: dict[str, Any]) -> None:
         plan, status = Plan.from_json(line["plan"]), line["status"]
@@ -244,7 +246,11 @@ class Campaign:
                 self._write("accepts", texts=rest[0])
             self._next(worker)
         elif kind == "gap":
-            self._write("gap", text=rest[0], features=rest[1])
+            if self.tally.declined.get(rest[0]) != rest[1]:  # every worker finds the same
+                self._write("gap", text=rest[0], shapes=rest[1])
+        elif kind == "barred":
+            if not set(rest[0]) <= self.tally.barred:
+                self._write("barred", those=rest[0])
         elif kind == "barren":  # the target takes no shape of the stream
             self.children.pop(worker).end()
         elif kind == "done":
@@ -376,13 +382,20 @@ def _leave_case(folder: Path, plan: Plan, target: str, what: str) -> None:
     write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
 
 
+def _never_taken(tally: Tally) -> dict[str, list[Any]]:
+    """The values of each axis that the target does not take, and so are never drawn."""
+    alone = {combination[0] for combination in tally.barred if len(combination) == 1}
+    return {axis: lost for axis, values in AXES.items() if (lost := [v for v in values if (axis, v) in alone])}
+
+
 def summary(settings: Settings, tally: Tally, status: str, ledger: Ledger, trouble: str | None) -> dict[str, Any]:
     """The campaign in one JSON object."""
-    (pairs, possible), (triples, possible_triples) = tally.pairs(), tally.coverage.triple_share()
+    (pairs, possible), (triples, possible_triples) = tally.pairs(), tally.coverage.triple_share(tally.barred)
     return {
         "status": status, "exit": EXIT[status], "target": settings.target, "seed": settings.seed,
         "cases": tally.cases, "verified": tally.verified, "failed": tally.failed, "vacuous": tally.vacuous,
-        "waived": tally.waived, "skipped": dict(tally.skipped), "worst_ratio": {settings.target: tally.worst},
+        "waived": tally.waived, "skipped": dict(tally.skipped), "declined": tally.declined,
+        "never_taken": _never_taken(tally), "worst_ratio": {settings.target: tally.worst},
         "kinds": dict(tally.kinds), "seconds": round(tally.seconds, 2), "exact_cases": tally.exact,
         "elements": tally.elements,
         "cases_per_second": round(tally.cases / tally.seconds, 1) if tally.seconds else None,

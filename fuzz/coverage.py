@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import lru_cache
 from typing import Any
 
@@ -183,17 +183,23 @@ class Coverage:
         self.seen |= new
         return len(new)
 
-    def share(self, unsupported: frozenset[Feature] = frozenset()) -> tuple[int, int]:
-        """(pairs seen, pairs possible), leaving out pairs with a feature the target does not have."""
-        wanted = {p for p in valid_pairs() if not unsupported & set(p)} if unsupported else valid_pairs()
-        return len(self.seen & wanted), len(wanted)
+    def share(self, barred: Set[tuple[Feature, ...]] = frozenset()) -> tuple[int, int]:
+        """(pairs seen, pairs possible), leaving out what a target does not take: features alone, and pairs of them."""
+        wanted = [p for p in valid_pairs() if p in self.seen or not _within(p, barred)] if barred else valid_pairs()
+        return len(self.seen), len(wanted)
 
-    def triple_share(self) -> tuple[int, int]:
+    def triple_share(self, barred: Set[tuple[Feature, ...]] = frozenset()) -> tuple[int, int]:
         """(triples seen, triples possible), by matrix products: one row a feature set, one column a feature."""
         columns = {feature: i for i, feature in enumerate(_FEATURES)}
         table = np.zeros((len(self.sets), len(columns)), np.float32)
         for row, found in enumerate(self.sets):
             table[row, [columns[feature] for feature in found]] = 1
         together = [(table[table[:, i] > 0].T @ table[table[:, i] > 0]) > 0 for i in range(len(columns))]
-        seen = sum(bool(together[columns[a]][columns[b], columns[c]]) for a, b, c in valid_triples())
-        return seen, len(valid_triples())
+        tried = [bool(together[columns[a]][columns[b], columns[c]]) for a, b, c in valid_triples()]
+        valid = [seen or not _within(t, barred) for seen, t in zip(tried, valid_triples(), strict=True)]
+        return sum(tried), sum(valid)
+
+
+def _within(features: tuple[Feature, ...], barred: Set[tuple[Feature, ...]]) -> bool:
+    """Whether a feature or a pair of these is barred."""
+    return bool(barred) and any(part in barred for size in (1, 2) for part in itertools.combinations(features, size))

@@ -41,7 +41,12 @@ def tell(console: Any, whole: dict[str, Any], out: Path) -> None:
     for number, what in _tiles(whole):
         console.print(f"  {number:>12}  {what}", highlight=False)
     for reason, count in whole["skipped"].items():
-        console.print(f"  {count:>12}  not judged: {reason}", highlight=False, markup=False)
+        console.print(f"  {count:>12}  cases refused: {reason}", highlight=False, markup=False)
+    if whole.get("never_taken"):
+        console.print(f"  never drawn, since it does not take them: {_in_words(whole['never_taken'])}", markup=False)
+    if not whole["cases"]:
+        for reason, count in whole.get("declined", {}).items():
+            console.print(f"  {count:>12}  shapes not taken: {reason}", highlight=False, markup=False)
     for text in (*whole["accepts_illegal"], *whole["waiver_complaints"], *filter(None, [whole["trouble"]])):
         console.print(f"  {text}", style="red", markup=False)
     for failure in whole["failures"]:
@@ -68,6 +73,10 @@ def _tiles(whole: dict[str, Any]) -> list[tuple[str, str]]:
     return tiles + ([(f"{whole['waived']:,}", "failures waived")] if whole["waived"] else [])
 
 
+def _in_words(never: dict[str, list[Any]]) -> str:
+    return "; ".join(f"{axis.replace('_', ' ')} {', '.join(map(plots.name, values))}" for axis, values in never.items())
+
+
 def versions() -> str:
     """What ran, for the head of a report."""
     names = ("jax", "numpy", "hypothesis")
@@ -85,7 +94,12 @@ def markdown(whole: dict[str, Any], triples: str) -> str:
     lines += ["| | |", "|---|---|", *(f"| {what} | {number} |" for number, what in _tiles(whole))]
     lines += [f"| triples of features tried | {triples} |"] if triples else []
     if whole["skipped"]:
-        lines += ["", "## Not judged", "", *(f"- {n} cases: {why}" for why, n in whole["skipped"].items())]
+        lines += ["", "## Cases refused", "", *(f"- {n} cases: {why}" for why, n in whole["skipped"].items())]
+    if whole.get("declined"):
+        never = _in_words(whole["never_taken"])
+        lines += ["", "## Not drawn, since the target does not take it", ""]
+        lines += [f"Never: {never}.", ""] if never else []
+        lines += [f"- {n} shapes: {why}" for why, n in whole["declined"].items()]
     for title, texts in (
         ("Accepts what is illegal", whole["accepts_illegal"]),
         ("Waivers", whole["waiver_complaints"]),
@@ -119,7 +133,7 @@ def page(
         s=whole, headline=words, colour=colour, versions=versions(), tiles=_tiles(whole), failures=failures,
         ratios=[(axis.replace("_", " "), Markup(plot)) for axis, plot in _ratio_plots(tally)],
         coverage=Markup(plots.matrix(tally.coverage.seen)) if tally.coverage.seen else None,
-        triples=triples, **(_kill_parts(kills) if kills else {}),
+        triples=triples, never=_in_words(whole.get("never_taken", {})), **(_kill_parts(kills) if kills else {}),
     )  # fmt: skip
 
 

@@ -1,15 +1,15 @@
 """The stream of static shapes: a campaign compiles little, so each shape must try much that is new.
 
-Every shape is a choice of one value for each axis. They come in an order that covers all pairs of values in about
-sixty shapes and then the triples, a covering array built greedily (after AETG of Cohen et al., 1997).
+Every shape is a choice of one value for each axis. They come in an order that covers all pairs of values in fewer than
+sixty shapes (48 is the least there can be) and then the triples, a covering array built greedily (after AETG of Cohen
+et al., 1997); what a pair counts grows with how many its two axes still lack.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,11 @@ from fuzz.plan import CAPS, GROUPS, HEAD_DIMS, KV_HEADS, PAGES, SCALES, TYPES, W
 TIERS = ("small", "medium", "wide", "deep", "long")
 Value = tuple[str, Any]  # an axis and its value
 Choice = dict[str, Any]  # axis -> value
+Taken = Callable[[Shape], bool]  # whether a target takes a shape
+
+DRAFTS = 40
+PROBES = 1500  # choices drawn to find what a target takes
+PATIENCE = 400  # refusals in a row that end the stream
 
 # Features of a shape that a pair may be asked of; the tier stands for tokens, sequences and table width.
 AXES: dict[str, tuple[Any, ...]] = {
@@ -90,104 +95,211 @@ def _window(kind: str, page: int, capacity: int, jitter: int) -> int | None:
             "over": capacity + jitter % 2}[kind]  # fmt: skip
 
 
-def shapes(seed: int) -> Iterator[Shape]:
-    """An endless stream of shapes, the same for the same seed.
-
-    The first shapes are switched full of options, since an option that is off can hide no bug; in the deep one every
-    key is seen, so that kernels with blocks of hundreds of keys take several.
-    """
-    stream = _stream(seed)
-    for count in itertools.count():
-        yield stream.shape(count)
-
-
-def first_shapes(seed: int, count: int) -> tuple[Shape, ...]:
-    """The first `count` shapes of the stream."""
-    return tuple(itertools.islice(shapes(seed), count))
+def first_shapes(seed: int, count: int, taken: Taken | None = None) -> tuple[Shape, ...]:
+    """The first `count` shapes of a seed's stream; fewer where a target takes no more."""
+    stream = _stream(seed) if taken is None else Stream(seed, taken)
+    return tuple(itertools.islice(stream.shapes(), count))
 
 
 @lru_cache(maxsize=16)
-def _stream(seed: int) -> _Stream:
-    return _Stream(seed)
+def _stream(seed: int) -> Stream:
+    return Stream(seed)
 
 
-class _Stream:
-    """The shapes so far, and how often each pair and triple of values stands in one."""
+class Stream:
+    """An endless sequence of shapes, the same for the same seed, that covers all pairs of values and then the triples.
 
-    def __init__(self, seed: int):
+    The first shapes are switched full of options, since an option that is off can hide no bug; in the deep one every
+    key is seen, so that kernels with blocks of hundreds of keys take several. Of a target that refuses one, the
+    stream finds out which values, and which pairs of them, it takes at all, and draws from those alone.
+
+    A set of values is an integer with a bit for each: how many pairs a value would add is then one bit count.
+    """
+
+    def __init__(self, seed: int, taken: Taken | None = None):
         self.chance = random.Random(seed)
+        self.taken = taken or (lambda shape: True)
         self.found: list[Shape] = []
-        self.pairs: Counter[tuple[Value, ...]] = Counter()
-        self.triples: Counter[tuple[Value, ...]] = Counter()
-        self.open = [pair for pair in _pairs_of_axes() if possible(dict(pair))]
-        self.chance.shuffle(self.open)
+        self.opening = list(_OPENING)
+        self.least = _LEAST
+        self.beside = list(_beside())  # of each value: those that it may stand with
+        self.open = list(self.beside)  # of each value: those that it has not stood with yet
+        self.triples: dict[tuple[int, int], int] = {}  # of each pair of values: those that have stood with it
+        self.wanting: list[list[int]] = []  # of two values: how many pairs of their axes are new
+        self.narrowed = False
 
-    def shape(self, index: int) -> Shape:
-        while len(self.found) <= index:
-            count = len(self.found)
-            choice = _OPENING[count] if count < len(_OPENING) else self._next()
-            self.pairs.update(itertools.combinations(choice.items(), 2))
-            self.triples.update(itertools.combinations(choice.items(), 3))
-            self.found.append(shape_of(choice, count))
-        return self.found[index]
+    def shapes(self) -> Iterator[Shape]:
+        """The shapes in their order; it ends only for a target that takes none."""
+        for count in itertools.count():
+            shape = self.shape(count)
+            if shape is None:
+                return
+            yield shape
 
-    def _next(self) -> Choice:
-        """The best of a few choices: each holds a pair that is new, as long as there is one."""
-        while self.open and self.pairs[self.open[-1]]:
-            self.open.pop()
-        start = dict(self.open[-1]) if self.open else {}
-        drafts = [draft for draft in (self._draft(start) for _ in range(6)) if draft is not None]
-        return max(drafts, key=self._news) if drafts else self._draw()
+    def shape(self, index: int) -> Shape | None:
+        """Shape `index`, or None where the target takes so few that none was found."""
+        refusals = 0
+        while len(self.found) <= index and refusals < PATIENCE:
+            choice = self.opening.pop(0) if self.opening else self._next()
+            shape = None if choice is None else shape_of(choice, len(self.found))
+            if choice is not None and shape is not None and self.taken(shape):
+                self._count(choice)
+                self.found.append(shape)
+                continue
+            refusals += 1
+            if not self.narrowed:
+                self._narrow()
+        return self.found[index] if index < len(self.found) else None
 
-    def _news(self, choice: Choice) -> tuple[int, int]:
-        """How many pairs and triples a choice would be the first to hold."""
-        items = choice.items()
-        return (sum(not self.pairs[pair] for pair in itertools.combinations(items, 2)),
-                sum(not self.triples[triple] for triple in itertools.combinations(items, 3)))  # fmt: skip
+    def barred(self) -> list[tuple[Value, ...]]:
+        """The values that stand in no shape the target takes, and the pairs of others that stand in none together."""
+        lost = [_beside()[v] & ~mask for v, mask in enumerate(self.beside)]
+        alone = [v for v, mask in enumerate(self.beside) if not mask]
+        pairs = [(v, w) for v, mask in enumerate(lost) for w in _bits(mask) if v < w and not {v, w} & set(alone)]
+        return [(VALUES[v],) for v in alone] + [(VALUES[v], VALUES[w]) for v, w in pairs]
 
-    def _draft(self, start: Choice) -> Choice | None:
+    def _count(self, choice: Choice) -> None:
+        held = [_ID[item] for item in choice.items()]
+        mask = sum(1 << v for v in held)
+        for v in held:
+            self.open[v] &= ~mask
+        for pair in itertools.combinations(sorted(held), 2):
+            self.triples[pair] = self.triples.get(pair, 0) | mask
+
+    def _next(self) -> Choice | None:
+        """The best of many choices around a pair that is new, as long as there is one."""
+        self.wanting = self._lacks()
+        start = self._start()
+        drafts = [draft for draft in (self._draft(start) for _ in range(DRAFTS if start else 6)) if draft]
+        if drafts:
+            best = max(drafts, key=self._news)
+            return {VALUES[v][0]: VALUES[v][1] for v in sorted(best)}
+        for v, w in itertools.permutations(start, 2):  # a third axis forbids the pair
+            self.open[v] &= ~(1 << w)
+        return None
+
+    def _lacks(self) -> list[list[int]]:
+        """How many pairs of two axes are new still, by value for quick use. A shape holds one pair of each two axes, so
+        the axes that lack most need it most.
+        """
+        lacks = {
+            (a, b): sum((self.open[v] & _MASK[b]).bit_count() for v in _OF_AXIS[a])
+            for a in AXES
+            for b in AXES
+            if a != b
+        }
+        return [[lacks.get((a, b), 0) for b, _ in VALUES] for a, _ in VALUES]
+
+    def _start(self) -> tuple[int, ...]:
+        """A new pair, of a value that lacks most partners."""
+        most = max(mask.bit_count() for mask in self.open)
+        if not most:
+            return ()
+        first = self.chance.choice([v for v, mask in enumerate(self.open) if mask.bit_count() == most])
+        return first, self.chance.choice(_bits(self.open[first]))
+
+    def _news(self, held: tuple[int, ...]) -> tuple[int, int]:
+        """How many pairs and triples a choice would be the first to hold, each counted more than once alike."""
+        mask = sum(1 << v for v in held)
+        pairs = sum(self._new_beside(held, mask, v) for v in held) if any(self.open) else 0
+        together = itertools.combinations(sorted(held), 2)
+        return pairs, sum((mask & ~self.triples.get(pair, 0)).bit_count() for pair in together)
+
+    def _draft(self, start: tuple[int, ...]) -> tuple[int, ...] | None:
         """One axis after the other, each set to the value that is new beside most of those before it."""
-        choice, axes = dict(start), [axis for axis in AXES if axis not in start]
+        held, mask = list(start), sum(1 << v for v in start)
+        choice = {VALUES[v][0]: VALUES[v][1] for v in start}
+        axes = [axis for axis in AXES if axis not in choice]
         self.chance.shuffle(axes)
         for axis in axes:
-            values = [value for value in AXES[axis] if possible({**choice, axis: value})]
+            values = [v for v in _OF_AXIS[axis] if not mask & ~self.beside[v] and self._fits(choice, v)]
             if not values:
                 return None
             if axis == "tier" and self.chance.random() < 0.5:  # a long context is dear, and one feature only
-                values = [value for value in values if value != "long"] or values
+                values = [v for v in values if VALUES[v][1] != "long"] or values
             self.chance.shuffle(values)
-            choice[axis] = max(values, key=lambda value: self._new_beside(choice, (axis, value)))
-        return {axis: choice[axis] for axis in AXES}
+            best = max(values, key=lambda v: self._new_beside(held, mask, v))
+            held.append(best)
+            mask |= 1 << best
+            choice[axis] = VALUES[best][1]
+        return tuple(held)
 
-    def _new_beside(self, choice: Choice, value: Value) -> tuple[int, int]:
-        held = sorted([*choice.items(), value], key=lambda item: _PLACE[item[0]])
-        pairs = (pair for pair in itertools.combinations(held, 2) if value in pair)
-        if self.open:
-            return sum(not self.pairs[pair] for pair in pairs), 0
-        triples = (triple for triple in itertools.combinations(held, 3) if value in triple)
-        return 0, sum(not self.triples[triple] for triple in triples)
+    def _fits(self, choice: Choice, value: int) -> bool:
+        axis, chosen = VALUES[value]
+        return axis not in _TOGETHER or possible({**choice, axis: chosen}, self.least)
 
-    def _draw(self) -> Choice:
-        while True:
-            choice = {axis: self.chance.choice(values) for axis, values in AXES.items()}
-            if allowed(choice):
-                return choice
+    def _new_beside(self, held: Sequence[int], mask: int, value: int) -> int:
+        if any(self.open):
+            wanting, new = self.wanting[value], self.open[value]
+            return sum(wanting[v] for v in held if (new >> v) & 1)
+        pairs = ((v, value) if v < value else (value, v) for v in held)
+        return sum((mask & ~self.triples.get(pair, 0)).bit_count() for pair in pairs)
+
+    # -- what a target takes
+
+    def _narrow(self) -> None:
+        """Find the values and pairs that the target takes: by drawing, then by setting them in what it has taken."""
+        self.narrowed, chance = True, random.Random(0)
+        tried = (_drawn(chance) for _ in range(PROBES))
+        kept = sorted((choice for choice in tried if self._takes(choice)), key=_width)
+        by_value: dict[int, Choice] = {}
+        for choice in kept:
+            for item in choice.items():
+                by_value.setdefault(_ID[item], choice)
+        self.least = tuple(kept[:4])
+
+        def together(v: int, w: int) -> bool:
+            bases = [by_value[u] for u in (v, w) if u in by_value] + kept[:4]
+            return any(self._takes({**base, VALUES[v][0]: VALUES[v][1], VALUES[w][0]: VALUES[w][1]}) for base in bases)
+
+        able = {v for v in range(len(VALUES)) if v in by_value or together(v, v)}
+        pairs = itertools.combinations(sorted(able), 2)
+        kept_pairs = [(v, w) for v, w in pairs if (self.beside[v] >> w) & 1 and together(v, w)]
+        self.beside = [0] * len(VALUES)
+        for v, w in kept_pairs:
+            self.beside[v] |= 1 << w
+            self.beside[w] |= 1 << v
+        self.open = [old & new for old, new in zip(self.open, self.beside, strict=True)]
+
+    def _takes(self, choice: Choice) -> bool:
+        return allowed(choice) and self.taken(shape_of(choice))
 
 
-_PLACE = {axis: place for place, axis in enumerate(AXES)}
+def _drawn(chance: random.Random) -> Choice:
+    """Any choice, allowed or not."""
+    return {axis: chance.choice(values) for axis, values in AXES.items()}
+
+
+def _width(choice: Choice) -> int:
+    return choice["kv_heads"] * choice["group"] * choice["head_dim"]
+
+
+def _bits(mask: int) -> list[int]:
+    return [v for v in range(len(VALUES)) if (mask >> v) & 1]
+
+
+VALUES: tuple[Value, ...] = tuple((axis, value) for axis, values in AXES.items() for value in values)
+_ID = {value: i for i, value in enumerate(VALUES)}
+_OF_AXIS = {axis: [_ID[axis, value] for value in values] for axis, values in AXES.items()}
+_MASK = {axis: sum(1 << v for v in values) for axis, values in _OF_AXIS.items()}
+_TOGETHER = frozenset({"types", "page", "kv_heads", "group", "head_dim", "window", "tier"})  # what `allowed` looks at
 # The least demanding choices; a combination is possible when it is allowed on top of one of these.
 _LEAST: tuple[Choice, ...] = tuple(
     {"types": "f32", "kv_heads": 1, "group": 1, "head_dim": 3, "tier": "small", "page": page} for page in (4, 16)
 )
 
 
-def possible(choice: Choice) -> bool:
+def possible(choice: Choice, least: tuple[Choice, ...] = _LEAST) -> bool:
     """Whether some allowed choice holds these values."""
-    return any(allowed({**least, **choice}) for least in _LEAST)
+    return any(allowed({**base, **choice}) for base in least)
 
 
-def _pairs_of_axes() -> list[tuple[Value, ...]]:
-    return [((a, x), (b, y)) for (a, xs), (b, ys) in itertools.combinations(AXES.items(), 2) for x in xs for y in ys]
+@lru_cache(maxsize=1)
+def _beside() -> tuple[int, ...]:
+    """Of each value, the values of other axes that are possible beside it."""
+    return tuple(
+        sum(1 << _ID[b] for b in VALUES if b[0] != a[0] and possible({a[0]: a[1], b[0]: b[1]})) for a in VALUES
+    )
 
 
 def _opening(*rows: str) -> tuple[Choice, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,12 +20,11 @@ from hypothesis import target as maximise
 
 from fuzz.build import build
 from fuzz.corpus import read_lines
-from fuzz.coverage import static_features
 from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.shrink import same_symptom, shrink
 from fuzz.strategies import LITTER, litters
-from fuzz.stream import shapes
+from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
 FIRST_SHAPES, CASES_A_SHAPE = 12, 450  # with the relations that compile, 40 compilations in the first 10,000 cases
@@ -58,7 +59,22 @@ class State:
     judged: set[Plan] = field(default_factory=set)  # in any session: no case is judged twice
     compiled: int = 0
     listening: bool = False
-    taken: dict[Shape, bool] = field(default_factory=dict)  # by the target, as it declares
+    gaps: dict[Shape, str | None] = field(default_factory=dict)  # why the target does not take a shape
+    stream: Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stream = Stream(self.seed, self.takes)
+
+    def offered(self, shape: Shape) -> Shape:
+        """A shape of the stream as this target is given it."""
+        return shape if self.target.returns_lse else dataclasses.replace(shape, lse=False)
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether the target takes a shape, as it declares."""
+        shape = self.offered(shape)
+        if shape not in self.gaps:
+            self.gaps[shape] = why_not(shape, self.target)
+        return self.gaps[shape] is None
 
 
 def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: str, reduce: bool) -> None:
@@ -68,7 +84,7 @@ def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: s
     lines = read_lines(Path(out) / "record.jsonl")
     state.judged = {Plan.from_json(line["plan"]) for line in lines if line["line"] == "case"}
     if not state.target.returns_lse:
-        pipe.send(("gap", "it returns no lse: outputs alone are judged", [("lse", True)]))
+        pipe.send(("barred", [(("lse", True),)]))  # outputs alone are judged
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
     while (chunk := pipe.recv()) is not None:
         _run(pipe, state, chunk)
@@ -81,18 +97,24 @@ def chunk_seed(seed: int, chunk: int) -> int:
 
 
 def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
-    """The shapes a chunk draws from: this worker's share of those open so far that the target takes."""
+    """The shapes a chunk draws from: this worker's share of those open so far, all of which the target takes."""
     cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
-    count = wanted_shapes(judged, cheap)
     mine, workers = state.share
-    pool: list[Shape] = []
-    for number, offered in enumerate(shapes(state.seed)):
-        shape = offered if state.target.returns_lse else dataclasses.replace(offered, lse=False)
-        if len(pool) * workers >= count or number >= MOST_SHAPES:
-            break
-        if number % workers == mine and _taken(state, shape):
-            pool.append(shape)
-    return tuple(pool)
+    most = min(MOST_SHAPES, -(-wanted_shapes(judged, cheap) // workers) * workers)
+    narrowed = state.stream.narrowed
+    pool = [state.offered(shape) for shape in itertools.islice(state.stream.shapes(), most)]
+    if state.stream.narrowed and not narrowed:
+        _tell_gaps(state)
+    return tuple(pool[mine::workers] or pool)  # a target of very few shapes: every worker has them all
+
+
+def _tell_gaps(state: State) -> None:
+    """Tell the parent what the target does not take: the reasons, with the features that it never took."""
+    reasons = Counter(gap for gap in state.gaps.values() if gap is not None)
+    for text, shapes in reasons.most_common():
+        state.pipe.send(("gap", text, shapes))
+    if state.stream.found:
+        state.pipe.send(("barred", state.stream.barred()))
 
 
 def wanted_shapes(judged: int, cheap: bool = False) -> int:
@@ -108,16 +130,6 @@ def why_not(shape: Shape, target: Target) -> str | None:
     if target.interpreted and (shape.tokens > FEW_ROWS or shape.capacity > FEW_TOKENS):
         return f"an interpreter is given at most {FEW_ROWS} rows and contexts of {FEW_TOKENS}"
     return target.gap(build(Plan(shape, ((1, 1),))))
-
-
-def _taken(state: State, shape: Shape) -> bool:
-    """Whether the target takes a shape; a gap is told to the parent once."""
-    if shape not in state.taken:
-        gap = why_not(shape, state.target)
-        state.taken[shape] = gap is None
-        if gap is not None:
-            state.pipe.send(("gap", gap, sorted(static_features(shape), key=repr)))
-    return state.taken[shape]
 
 
 def _run(pipe: Connection, state: State, chunk: Chunk) -> None:

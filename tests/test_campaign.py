@@ -17,6 +17,7 @@ import pytest
 from fuzz import corpus, ledger
 from fuzz.campaign import Campaign, Settings, Tally, read_record
 from fuzz.commands.search import app
+from fuzz.coverage import valid_pairs
 from fuzz.mutants import score
 from fuzz.plan import Plan
 
@@ -169,10 +170,13 @@ def test_a_failure_found_at_the_end_of_the_budget_is_still_shrunk(folder: Path) 
 def test_pairs_leave_out_what_the_target_does_not_have() -> None:
     tally = Tally()
     everything = tally.pairs()[1]
-    tally.add({"line": "gap", "text": "it takes no k_scale", "features": [["types", "int8"], ["page", 8]]})
-    fewer = tally.pairs()[1]
-    tally.coverage.count["page", 8] = 1  # taken with another dtype
-    assert fewer < tally.pairs()[1] < everything
+    tally.add({"line": "barred", "those": [[["types", "bf16"], ["page", 8]], [["types", "int8"]]]})
+    lost = [
+        pair for pair in valid_pairs() if ("types", "int8") in pair or set(pair) == {("types", "bf16"), ("page", 8)}
+    ]
+    assert tally.pairs()[1] == everything - len(lost)
+    tally.coverage.seen.add(lost[0])  # somebody shared a case that has it
+    assert tally.pairs() == (1, everything - len(lost) + 1)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -160,8 +159,7 @@ def _runnable(name: str, seed: int) -> tuple[Target, tuple[Shape, ...]]:
     target = load(name)  # before JAX is imported: an interpreter may have to set its environment
     if name in INTERPRETED and target.gap(build(SMALLEST)) is not None:
         target = load(INTERPRETED[name])
-    taken = (shape for shape in first_shapes(seed, 400) if why_not(shape, target) is None)
-    pool = tuple(itertools.islice(taken, PATCH_SHAPES))
+    pool = first_shapes(seed, PATCH_SHAPES, lambda shape: why_not(shape, target) is None)
     if not pool:
         raise SystemExit(f"{name} cannot run here: {target.gap(build(SMALLEST))}")
     return target, pool
