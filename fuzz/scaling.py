@@ -78,7 +78,7 @@ def arrays_of(step: Step, mesh: Mesh) -> tuple[Any, ...]:
     )
 
 
-def measure(step: Step, devices: list[Any], steps: int = 20) -> tuple[float, Any, tuple[Any, ...]]:
+def measure(step: Step, devices: list[Any], steps: int) -> tuple[float, Any, tuple[Any, ...]]:
     """Seconds of one step on these devices, its output and its arguments."""
     mesh = Mesh(np.array(devices), (step.axis,))
     arguments = arrays_of(step, mesh)
@@ -136,11 +136,12 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here")
     chosen = parser.parse_args()
     rows = []
+    chain = 20 if chosen.small else 100  # long enough for the start of a program on all devices to count for little
     for step in SMALL if chosen.small else STEPS:
-        one, alone, _ = measure(step, jax.devices()[:1])
+        one, alone, _ = measure(step, jax.devices()[:1], chain)
         count, extra = 2, 0.0
         while count <= len(jax.devices()):
-            seconds, output, arguments = measure(step, jax.devices()[:count])
+            seconds, output, arguments = measure(step, jax.devices()[:count], chain)
             judged = verdict(step, output, arguments)
             bits = bool(np.array_equal(np.asarray(output).view(np.uint16), np.asarray(alone).view(np.uint16)))
             rows.append({"step": step.name, "devices": count, "one_us": one * 1e6, "us": seconds * 1e6,
