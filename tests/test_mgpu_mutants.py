@@ -20,7 +20,7 @@ CAUGHT_BY = {
     "stray_page": "stray", "unit_of_next": "items", "released_early": "decode", "fence_removed": "decode_head_256",
     "k_scale_head0": "decode_e5m2", "widened_unfenced": "decode_e5m2",
     "converted_unwaited": "prefill_fp8", "converted_over": "prefill_fp8", "v_scale_last": "prefill_fp8",
-    "places_unequal": "places",
+    "places_unequal": "places", "unit_forgotten": "decode_fp8",
 }  # fmt: skip
 FAST = ("split_floor", "lanes_prefix")
 RUN = "import runpy, sys; sys.path.insert(0, {tests!r}); runpy.run_path({proofs!r}, run_name='__main__')"

@@ -170,10 +170,13 @@ def claim(signature: Signature, device: Device) -> dict:
     """Operands as stored, weights rounded once; tanh and exp2 are the hardware's approximations."""
     exact = numerics.claim(signature, device, 32)  # blocks of 64 keys at least, and the joins of splits
     dots = signature.q_dtype
+    # Decode multiplies narrow pages in float16; its `halved` queries lose far less than float16's underflow of them.
+    lost = numerics.UNDERFLOW["float16" if signature.kv_dtype in NARROW else dots]
     return exact | {
         "u_in": 0.0,
         "u_p": numerics.ROUNDOFF[dots],
-        "eta_p": numerics.UNDERFLOW[dots],
+        "eta_p": lost,
+        "eta_in": lost,
         "eps_tanh": EPS_TANH,
     }
 

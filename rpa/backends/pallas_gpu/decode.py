@@ -97,6 +97,7 @@ class Scratch(NamedTuple):
     k: jax.Ref  # [stages, block, D], as stored
     v: jax.Ref  # [stages, block, D]
     wide: jax.Ref  # [block, D], keys or values of narrow pages, converted
+    half: jax.Ref  # [N, D], bfloat16 queries of narrow pages, converted
     p: jax.Ref  # [N, block], weights on their way back into a product
     out: jax.Ref  # [N, D], a final answer on its way out
     lse: jax.Ref  # [N]
@@ -123,13 +124,14 @@ class Outputs(NamedTuple):
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     n, d, dtype = shape.columns, shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
-    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
+    ring, none = functools.partial(plgpu.Barrier, num_barriers=tiling.stages), plgpu.SMEM((n,), jnp.float32)
     return Scratch(
         q=smem((2, n, d), dtype),
         k=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
         v=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
-        wide=smem((tiling.block, d), dtype) if shape.stored else plgpu.SMEM((n,), jnp.float32),
-        p=smem((n, tiling.block), dtype, like=d),
+        wide=smem((tiling.block, d), shape.operands) if shape.stored else none,
+        half=smem((n, d), shape.operands) if shape.operands != dtype else none,
+        p=smem((n, tiling.block), shape.operands, like=d),
         out=plgpu.SMEM((n, d), jnp.dtype(dtype)),
         lse=plgpu.SMEM((n,), jnp.float32),
         record=plgpu.SMEM((2 * RECORD,), jnp.int32),
@@ -284,7 +286,11 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
         )
         head = lax.rem(item.index, I32(shape.kv_heads))
         scale = shape.scale if heads.k_scale is None else shape.scale * heads.k_scale[head]
-        fold = functools.partial(fold_block, item, slot, step, scale, s=s, shape=shape, tiling=tiling)
+        queries = s.q.at[slot]
+        if shape.operands != shape.dtype:
+            queries, unit = halved(queries, s.half)
+            scale = scale * unit
+        fold = functools.partial(fold_block, item, queries, step, scale, s=s, shape=shape, tiling=tiling)
         acc, m, l = lax.fori_loop(0, item.blocks, fold, start)
         if heads.v_scale is not None:
             acc = acc * heads.v_scale[head]
@@ -317,16 +323,31 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
     plgpu.wait_smem_to_gmem(0)
 
 
-def fold_block(item: Item, q_slot, step, scale, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
+def halved(q_ref, half_ref):
+    """(float16 queries, what a product with them is to be multiplied by, [N]), exact where it matters.
+
+    Each row is brought just below float16's greatest by a power of two. So what lies 2**32 below its own greatest
+    number, where float16 has fewer bits than bfloat16, loses less than 2**-38 of that.
+    """
+    x = q_ref.transpose((1, 0))[...].astype(jnp.float32)  # [D, N]
+    top = lax.bitcast_convert_type(jnp.abs(x).max(axis=0), jnp.int32)
+    exponent = jnp.clip(lax.shift_right_logical(top, 23), 28, 254)  # of the greatest, biased
+    up, down = (lax.bitcast_convert_type(e << 23, jnp.float32) for e in (268 - exponent, exponent - 14))
+    half_ref.transpose((1, 0))[...] = (x * across(up, x)).astype(jnp.float16)
+    plgpu.commit_smem()
+    return half_ref, down
+
+
+def fold_block(item: Item, queries, step, scale, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):
     """Folds one block into (acc [D, N], m [N], l [block, N]); l is summed over its rows only at the end."""
     acc, m, l = carry
     slot = lax.rem(step + i, I32(tiling.stages))
     key = item.start + i * tiling.block
-    z = masked(scores(s, q_slot, slot, scale, shape), key, item, tiling)
+    z = masked(scores(s, queries, slot, scale, shape), key, item, tiling)
     m_new = jnp.maximum(m, z.max(axis=0))
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z - across(m_new, z))
-    s.p.transpose((1, 0))[...] = p.astype(shape.dtype)
+    s.p.transpose((1, 0))[...] = p.astype(shape.operands)
     plgpu.commit_smem()
     plgpu.barrier_wait(s.v_full.at[slot])
     values = operand(s.v.at[slot], s.v_free.at[slot], s, shape)
@@ -337,16 +358,21 @@ def fold_block(item: Item, q_slot, step, scale, i, carry, *, s: Scratch, shape: 
     return acc * across(alpha, acc) + pv, m_new, l * across(alpha, l) + p
 
 
-def scores(s: Scratch, q_slot, slot, scale, shape: Shape):
-    """Capped, scaled logits of one block in units of log 2, [block, N]."""
+def scores(s: Scratch, queries, slot, scale, shape: Shape):
+    """Capped, scaled logits of one block in units of log 2, [block, N]; `scale` is one number or [N]."""
     plgpu.barrier_wait(s.k_full.at[slot])
     keys = operand(s.k.at[slot], s.k_free.at[slot], s, shape)
-    x = product(keys, s.q.at[q_slot].transpose((1, 0)))
+    x = product(keys, queries.transpose((1, 0)))
     if not shape.stored:
         plgpu.barrier_arrive(s.k_free.at[slot])
     if shape.cap is None:
-        return x * (scale * LOG2E)
-    return jnp.tanh(x * (scale / shape.cap)) * (shape.cap * LOG2E)
+        return x * factor(scale * LOG2E, x)
+    return jnp.tanh(x * factor(scale / shape.cap, x)) * (shape.cap * LOG2E)
+
+
+def factor(scale, like):
+    """One number, or one a column, as what `like` can be multiplied by."""
+    return across(scale, like) if jnp.ndim(scale) else scale
 
 
 def operand(ref, free, s: Scratch, shape: Shape):
@@ -354,7 +380,7 @@ def operand(ref, free, s: Scratch, shape: Shape):
     if not shape.stored:
         return ref
     plgpu.commit_smem()  # a barrier of the warpgroup: its other warps have done with what `wide` held before
-    widen(ref, s.wide, shape)
+    widen(ref, s.wide)
     plgpu.commit_smem()
     plgpu.barrier_arrive(free)
     return s.wide
@@ -371,7 +397,7 @@ def clean_values(v_ref, key, item: Item, shape: Shape, tiling: Tiling) -> None:
 
     @pl.when((key < item.low) | (key + tiling.block > item.stop))
     def _():
-        zero_unseen(v_ref, key, item.low, item.stop, shape)
+        zero_unseen(v_ref, key, item.low, item.stop)
         plgpu.commit_smem()
 
 

@@ -102,7 +102,7 @@ def convert(team, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling
             ):
                 plgpu.barrier_wait(filled.at[place])
                 pl.when(step + i >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                widen(stored.at[place], wide.at[slot], shape)
+                widen(stored.at[place], wide.at[slot])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(freed.at[place])
                 plgpu.barrier_arrive(full.at[slot])

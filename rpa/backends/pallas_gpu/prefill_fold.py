@@ -196,7 +196,7 @@ def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Ti
     def _():
         @pl.when(wg == 0)
         def _():
-            zero_unseen(s.v.at[slot], key, item.low, item.stop, shape)
+            zero_unseen(s.v.at[slot], key, item.low, item.stop)
 
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.clean)

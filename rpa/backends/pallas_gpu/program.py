@@ -76,9 +76,9 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     workers = config.option("workers", small if shape.head_dim <= 128 else 1)
     block = config.option("decode_block", 64)
     slot = 2 * block * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize
-    # Queries of two items, an answer and weights; a reduction's scratch, barriers; a converted tile.
+    # Queries of two items, an answer and weights; a reduction's scratch, barriers; converted queries and a tile.
     small = 2 * shape.columns * (3 * shape.head_dim + block) + 2048
-    small += 2 * block * shape.head_dim if shape.stored else 0
+    small += 2 * (shape.columns + block) * shape.head_dim if shape.stored else 0
     fits = ((SMEM - RESERVED) // workers - small) // slot
     stages = min(config.option("decode_stages", 8), fits)
     span = shape.capacity
@@ -91,7 +91,9 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
 
 def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
     """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
-    least = config.option("least_chunk", 512)
+    # A split of 512 keys is long where most SMs have none: 9.0 us against 11.5 for one row of 1k, eight kv heads.
+    few = 2 * items * -(-span // 512) <= SMS
+    least = config.option("least_chunk", 256 if few else 512)
     most = min(64, max(1, span // least))
     several = [config.num_kv_splits] if config.num_kv_splits else range(1, most + 1)
 

@@ -42,6 +42,11 @@ class Shape:
         return self.stored or self.dtype
 
     @property
+    def operands(self) -> str:
+        """What decode multiplies: numbers of 8 bits become float16 in a quarter of the instructions of bfloat16."""
+        return "float16" if self.stored else self.dtype
+
+    @property
     def group(self) -> int:
         return self.q_heads // self.kv_heads
 
@@ -134,19 +139,19 @@ def drain(slots: int, uses, *barriers) -> None:
                 plgpu.barrier_wait(barrier.at[slot])
 
 
-def widen(narrow_ref, wide_ref, shape: Shape) -> None:
+def widen(narrow_ref, wide_ref) -> None:
     """Converts a tile of stored numbers to operands, without a rounding; a scale, if any, is the products' affair."""
-    d = narrow_ref.shape[1]
+    d, dtype = narrow_ref.shape[1], wide_ref.dtype
     width = 128 if d % 128 == 0 else 64  # a swizzled row of the narrow tile
     for column in range(0, d, width):
         part = plgpu.load(narrow_ref.at[:, pl.ds(column, width)], layout=plgpu.Layout.WGMMA_UPCAST_2X)
-        if shape.stored != "int8":
+        if part.dtype != jnp.int8:
             part = part.astype(jnp.float16)  # what the hardware converts to
-            part = part if shape.dtype == "float16" else part.astype(jnp.float32)
-        wide_ref.at[:, pl.ds(column, width)][...] = part.astype(shape.dtype)
+            part = part if dtype == jnp.float16 else part.astype(jnp.float32)
+        wide_ref.at[:, pl.ds(column, width)][...] = part.astype(dtype)
 
 
-def zero_unseen(v_ref, first, low, stop, shape: Shape) -> None:
+def zero_unseen(v_ref, first, low, stop) -> None:
     """Zeroes the rows of a [block, D] value tile whose keys, from `first` on, lie outside [low, stop)."""
     block, d = v_ref.shape
     width = (
@@ -156,4 +161,4 @@ def zero_unseen(v_ref, first, low, stop, shape: Shape) -> None:
     seen = (keys >= low) & (keys < stop)
     for column in range(0, d, width):
         part = v_ref.at[:, pl.ds(column, width)]
-        part[...] = jnp.where(seen, part[...], jnp.zeros((), shape.dtype))
+        part[...] = jnp.where(seen, part[...], jnp.zeros((), v_ref.dtype))
