@@ -150,6 +150,10 @@ class ConfigSelectorChain:
             policy = replace(policy, **changes) if chain is self else policy
         return policy
 
+    @policy.setter
+    def policy(self, policy: AutotunePolicy) -> None:
+        self._policy = policy
+
     def choose(self, inv: Any, kernel: Any) -> Any:
         """The config of an invocation of a kernel."""
         return self.find(kernel.query(inv)).config

@@ -74,7 +74,10 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
         raise ValueError(f"in_specs={in_specs!r}: seven PartitionSpecs are expected, or six without sinks")
     specs = dict(zip(_ARGUMENTS, in_specs, strict=False))
     ranks = (3, 4, 1, 2, 1, 1, 1)
-    split = {name: _dims(name, spec, rank, mesh) for (name, spec), rank in zip(specs.items(), ranks, strict=False)}
+    split = {
+        name: dims_of(f"in_specs: {name}", spec, rank, mesh)
+        for (name, spec), rank in zip(specs.items(), ranks, strict=False)
+    }
     heads, pages, sequences = split["queries"][1], split["kv_pages"][0], split["context_lens"][0]
     allowed = {
         "queries": ((), heads, ()),
@@ -104,18 +107,18 @@ def _no_split(name: str, dim: int, axes: Axes) -> str:
     return f"in_specs: {name} is split in dimension {dim} by mesh axis {_shown(axes)}, and {can}"
 
 
-def _dims(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:
-    """The axes of each dimension of a spec."""
+def dims_of(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:
+    """The axes of each dimension of a spec; `name` says in errors whose it is."""
     if spec is None:
         return ((),) * rank
     if not isinstance(spec, PartitionSpec):
-        raise TypeError(f"in_specs: {name} has {spec!r}: a PartitionSpec or None is expected")
+        raise TypeError(f"{name} has {spec!r}: a PartitionSpec or None is expected")
     if len(spec) > rank:
-        raise ValueError(f"in_specs: {name} has {spec}: at most {rank} entries are expected")
+        raise ValueError(f"{name} has {spec}: at most {rank} entries are expected")
     dims = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in spec]
     for axis in (axis for dim in dims for axis in dim):
         if axis not in mesh.axis_names:
-            raise ValueError(f"in_specs: {name} names axis {axis!r}; the mesh has {', '.join(mesh.axis_names)}")
+            raise ValueError(f"{name} names axis {axis!r}; the mesh has {', '.join(mesh.axis_names)}")
     return (*dims, *((),) * (rank - len(dims)))
 
 
@@ -138,11 +141,11 @@ def local_signature(signature: Signature, plan: Layout) -> Signature:
     shards, holders = plan.shards("heads"), plan.shards("pages")
     q_heads, kv_heads, page = signature.num_q_heads, signature.num_kv_heads, signature.page_size
     if q_heads % shards:
-        raise ValueError(_indivisible(plan.heads, shards, f"the {q_heads} heads of queries"))
+        raise ValueError(indivisible(plan.heads, shards, f"the {q_heads} heads of queries"))
     if kv_heads % shards and shards % kv_heads:
-        raise ValueError(_indivisible(plan.heads, shards, f"the {kv_heads} kv heads, nor do they divide it"))
+        raise ValueError(indivisible(plan.heads, shards, f"the {kv_heads} kv heads, nor do they divide it"))
     if signature.num_pages % holders:
-        raise ValueError(_indivisible(plan.pages, holders, f"the {signature.num_pages} pages of kv_pages"))
+        raise ValueError(indivisible(plan.pages, holders, f"the {signature.num_pages} pages of kv_pages"))
     local = replace(signature, num_q_heads=q_heads // shards, num_kv_heads=max(kv_heads // shards, 1))
     if holders == 1:
         return local
@@ -164,5 +167,5 @@ def edge_signature(signature: Signature, plan: Layout) -> Signature | None:
     return replace(local, num_pages=local.num_pages * page, page_size=1, pages_per_seq=page - 1)
 
 
-def _indivisible(axes: Axes, size: int, what: str) -> str:
+def indivisible(axes: Axes, size: int, what: str) -> str:
     return f"mesh axis {_shown(axes)} of size {size} does not divide {what}"

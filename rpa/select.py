@@ -12,7 +12,7 @@ import numpy as np
 
 from rpa import cache, registry, settings, tune
 from rpa.cache import PersistentCache, Triple
-from rpa.chain import ConfigSelectorChain, Found, Query, overrides
+from rpa.chain import ConfigSelectorChain, Found, Query
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.program import Program
@@ -38,7 +38,7 @@ def moment() -> Any:
     if cache.overlays.get() or chain.on_event:
         return None
     stores = chain.cache.generation, PersistentCache.generation
-    return stores, registry.added, overrides.get(), settings.environment()
+    return stores, registry.added, chain.policy, settings.environment()
 
 
 # ------------------------------------------------------------------ the choice
@@ -69,7 +69,7 @@ def choose(
     Raises:
         ValueError: no backend of the platform can take the call.
     """
-    if cfg is not None and cfg.backend not in ("any", device.platform):
+    if cfg is not None and cfg.backend not in ("any", device.platform) and platform != "xla":  # which runs anywhere
         raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
     asked = platform_of(platform, cfg)
     implementation, why = registry.resolve(asked, signature, device)

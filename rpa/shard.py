@@ -9,6 +9,7 @@ merge of flash decoding, across devices). A window that starts inside a page mak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -24,7 +25,7 @@ from rpa import device as devices
 from rpa import layout, select
 from rpa import validate as rules
 from rpa.device import Device
-from rpa.mesh import Axes, Layout, edge_signature, layout_of, local_signature
+from rpa.mesh import Axes, Layout, dims_of, edge_signature, indivisible, layout_of, local_signature
 from rpa.program import compiled, nothing_to_do
 from rpa.signature import Inputs, Signature
 
@@ -39,7 +40,7 @@ def program(
         TypeError, ValueError: the mesh, the specs and the shapes do not fit; the text names the axis.
     """
     local, device, plan = share_of(inputs, signature, mesh, in_specs)
-    wanted = _out_specs(out_specs, signature)
+    wanted = _out_specs(out_specs, signature, mesh)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: nothing_to_do(signature)
     choices = [(local, select.choose(local, device, platform, cfg, sharding=plan.label))]
@@ -52,14 +53,19 @@ def program(
     return lambda inputs: sharded(_placed(inputs, signature, plan))
 
 
-def _out_specs(out_specs: Any, signature: Signature) -> tuple[Any, Any]:
+def _out_specs(out_specs: Any, signature: Signature, mesh: Any) -> tuple[Any, ...]:
     """The caller's wish for output and LSE, each a PartitionSpec or None."""
     pair = isinstance(out_specs, (tuple, list)) and not isinstance(out_specs, PartitionSpec)
-    output, lse = out_specs if pair else (out_specs, None if out_specs is None else PartitionSpec(*out_specs[:2]))
-    for spec in (output, lse):
-        if spec is not None and not isinstance(spec, PartitionSpec):
-            raise TypeError(f"out_specs={out_specs!r}: a PartitionSpec, a pair of them or None is expected")
-    return output, lse if signature.return_lse else None
+    if not pair:
+        out_specs = out_specs, PartitionSpec(*out_specs[:2]) if isinstance(out_specs, PartitionSpec) else out_specs
+    if len(out_specs) != 2:
+        raise ValueError(f"out_specs={out_specs!r}: a PartitionSpec, a pair of them or None is expected")
+    shape = (signature.num_tokens, signature.num_q_heads, signature.head_dim)
+    for name, spec, rank in zip(("output", "lse"), out_specs, (3, 2), strict=True):
+        for axes, size in zip(dims_of(f"out_specs: {name}", spec, rank, mesh), shape, strict=False):
+            if size % (parts := math.prod(mesh.shape[axis] for axis in axes)):
+                raise ValueError(indivisible(axes, parts, f"the {name}'s dimension of {size}"))
+    return tuple(out_specs) if signature.return_lse else (out_specs[0], None)
 
 
 def share_of(inputs: Inputs, signature: Signature, mesh: Any, in_specs: Any) -> tuple[Signature, Device, Layout]:
@@ -99,18 +105,26 @@ def _program(
     specs = _specs(signature, plan)
     sharded = jax.shard_map(body, mesh=plan.mesh, in_specs=(specs,), out_specs=natural, check_vma=check_vma)
 
-    explicit = AxisType.Explicit in plan.mesh.axis_types  # as `jax.make_mesh` has them: their types hold shardings
-    put = jax.sharding.reshard if explicit else lax.with_sharding_constraint
-
-    def laid(arrays: Any, specs: Any) -> Iterator[Any]:
-        for array, spec in zip(arrays, specs, strict=True):
-            yield array if array is None or spec is None else put(array, NamedSharding(plan.mesh, spec))
-
     def over_mesh(inputs: Inputs) -> Any:
-        found = sharded(Inputs(*laid(inputs, specs)) if explicit else inputs)
-        return tuple(laid(found, wanted))
+        found = sharded(Inputs(*_laid(inputs, specs, plan.mesh, AxisType.Explicit)))
+        return tuple(_laid(_laid(found, wanted, plan.mesh, AxisType.Explicit), wanted, plan.mesh, AxisType.Auto))
 
     return jax.jit(over_mesh)
+
+
+def _laid(arrays: Any, specs: Any, mesh: Any, kind: AxisType) -> list[Any]:
+    """Arrays split as their specs say, by mesh axes of one kind: an explicit axis is part of an array's type."""
+    named = [axis for axis, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its == kind]
+    put = jax.sharding.reshard if kind == AxisType.Explicit else lax.with_sharding_constraint
+
+    def lay(array: Any, spec: Any) -> Any:
+        if array is None or spec is None or not named:
+            return array
+        dims = dims_of("", spec, array.ndim, mesh)
+        kept = PartitionSpec(*(tuple(axis for axis in axes if axis in named) or None for axes in dims))
+        return put(array, NamedSharding(mesh, kept))
+
+    return list(map(lay, arrays, specs))
 
 
 def _specs(signature: Signature, plan: Layout) -> Inputs:
@@ -128,7 +142,11 @@ def _specs(signature: Signature, plan: Layout) -> Inputs:
 
 def _placed(inputs: Inputs, signature: Signature, plan: Layout) -> Inputs:
     """Concrete arrays where the program wants them; a traced call leaves that to the compiler."""
-    if not isinstance(plan.mesh, Mesh) or any(rules.is_traced(array) for array in inputs):
+    if any(rules.is_traced(array) for array in inputs):
+        return inputs
+    if not isinstance(plan.mesh, Mesh):
+        if jax.sharding.get_abstract_mesh() != plan.mesh:
+            raise ValueError(f"mesh={plan.mesh}: it names no devices; give a Mesh, or call inside `jax.set_mesh`")
         return inputs
     return Inputs(*(_put(array, spec, plan.mesh) for array, spec in zip(inputs, _specs(signature, plan), strict=True)))
 

@@ -122,6 +122,21 @@ def test_the_platform_argument_wins_over_the_configs():
         RaggedPageAttentionv2().run(**small_call.arguments(), platform="cuda", cfg=CFG)
 
 
+def test_xla_asked_for_runs_anywhere_as_in_the_seed():
+    call, cfg = small_call.arguments(), CFG.replace(platform="triton", backend="gpu")
+    answer = RaggedPageAttentionv2().run(**call, platform="xla", cfg=cfg)
+    assert np.array_equal(answer, RaggedPageAttentionv2().run(**call, cfg=CFG))
+    with pytest.raises(ValueError, match=r"cfg\.backend='gpu': this call is lowered for cpu"):
+        RaggedPageAttentionv2().run(**call, cfg=cfg)
+
+
+def test_a_selectors_policy_can_be_replaced():
+    executor, call = _seed_executor(), small_call.arguments()
+    executor.chooser.policy = AutotunePolicy(allow_heuristics=False, cache_miss_fallback="heuristics")
+    with pytest.raises(RuntimeError, match="the policy allows no heuristics"):
+        executor(RaggedPageAttentionv2(), **call)
+
+
 def test_get_impl_gives_the_registered_kernel():
     implementation = RaggedPageAttentionv2().get_impl(CFG)
     assert implementation is kernel_registry.get("ragged_page_attention_v2", "xla", "any")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import small_call
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from rpa import explain, ragged_page_attention_v2, registry
 from rpa.mesh import Layout, layout_of, local_signature
@@ -67,6 +68,14 @@ SLOW: dict[str, dict[str, Any]] = {
     "pages under a window, spoiled": {
         "mesh": {"dp": 2, "cp": 4}, "jit": True, "explicit": True, "options": {"sliding_window": 6},
         "spoil": [["block_tables", [4, 6], -7], ["block_tables", [0, 0], 10**6], ["context_lens", 3, -1]],
+    },
+    "pages by two axes under a window, scaled, heads by a third": {
+        "mesh": {"a": 2, "b": 2, "c": 2}, "int8": True, "options": {"sliding_window": 7, "logits_soft_cap": 4.0},
+        "specs": [[None, "c", None], [["b", "a"], None, "c", None], [], [], [], [], ["c"]],
+    },
+    "heads copied by two axes, the inner one first": {
+        "mesh": {"a": 2, "b": 4}, "hkv": 2, "int8": True,
+        "specs": [[None, ["b", "a"]], [], [], [], [], [], [["b", "a"]]],
     },
     "pages and sequences": {"mesh": {"dp": 2, "pages": 4}, "queries": [1, 1, 1], "contexts": [32, 1, 17]},
     "one long context": {"mesh": {"pages": 8}, "queries": [1], "contexts": [1000], "pps": 256, "pool": 256},
@@ -278,10 +287,43 @@ def test_a_mesh_is_never_ignored():
     with pytest.raises(ValueError, match="mesh=None"):
         ragged_page_attention_v2(**call, out_specs=P())
     mesh = Mesh(np.array(jax.devices()[:1]), ("tp",))
-    with pytest.raises(TypeError, match="out_specs='tp'"):
+    with pytest.raises(TypeError, match="out_specs: output has 'tp'"):
         ragged_page_attention_v2(**call, mesh=mesh, out_specs="tp")
     with pytest.raises(ValueError, match="sliding_window=0"):
         ragged_page_attention_v2(**call, mesh=mesh, sliding_window=0)
+
+
+@pytest.mark.parametrize(
+    ("out_specs", "text"),
+    [
+        (P(None, "model"), "out_specs: output names axis 'model'; the mesh has dp, tp"),
+        (P(None, None, None, "tp"), "out_specs: output has .*: at most 3 entries"),
+        (P(("dp", "tp")), r"mesh axis \('dp', 'tp'\) of size 4 does not divide the output's dimension of 6"),
+        ((P(), P(None, None, "tp")), "out_specs: lse has .*: at most 2 entries"),
+        ((P(), P(), P()), "a PartitionSpec, a pair of them or None is expected"),
+    ],
+)
+def test_wishes_for_the_output_that_cannot_be_are_named(out_specs, text):
+    with pytest.raises(ValueError, match=text):
+        ragged_page_attention_v2(**small_call.arguments(), mesh=_mesh(dp=2, tp=2), out_specs=out_specs)
+
+
+def test_a_mesh_without_devices_serves_where_they_are_set():
+    call, mesh = small_call.arguments(), Mesh(np.array(jax.devices()[:1]), ("tp",))
+    with pytest.raises(ValueError, match="it names no devices; give a Mesh"):
+        ragged_page_attention_v2(**call, mesh=mesh.abstract_mesh)
+    with jax.set_mesh(mesh):
+        output = ragged_page_attention_v2(**call, mesh=jax.sharding.get_abstract_mesh())
+    assert np.array_equal(output, ragged_page_attention_v2(**call))
+
+
+@pytest.mark.parametrize("types", [*itertools.product((AxisType.Auto, AxisType.Explicit), repeat=2)], ids=str)
+def test_axes_of_either_type_and_of_both_lay_the_arrays_out(types):
+    call, mesh = small_call.arguments(), Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("dp", "tp"), axis_types=types)
+    over = {"mesh": mesh, "out_specs": P("dp", "tp")}
+    plain = ragged_page_attention_v2(**call)
+    assert np.array_equal(ragged_page_attention_v2(**call, **over), plain)
+    assert np.array_equal(jax.jit(lambda kw: ragged_page_attention_v2(**kw, **over))(call), plain)
 
 
 def test_explain_speaks_of_one_devices_share():
