@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 from right_kernels import KERNELS as RIGHT
 
+from fuzz.commands.search import app
 from fuzz.judge import judge_plan
 from fuzz.mutants import patched, score
 from fuzz.mutants.catalogue import BY_ID, EQUIVALENT, MUTANTS, model_target
@@ -108,6 +111,39 @@ def test_tile_sizes_never_decide_the_answer() -> None:
     for plan in score.drawn(4, 8, SHORT):
         for launch in (Launch(1, 1), Launch(64, 256, 4)):
             assert not judge_plan(plan, right_target(launch)).bad
+
+
+def test_a_stopped_matrix_is_printed_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def kill_patch(patch: patched.Patch, seed: int) -> score.Kill:
+        asked.append(patch.id)
+        if patch.id == "xla_kv_swapped" and asked.count(patch.id) == 1:
+            raise KeyboardInterrupt
+        return score.Kill(patch.id, "patch of xla", patch.line, True, 3, 0.5, "bound", "wrong")
+
+    monkeypatch.setattr(score, "kill_patch", kill_patch)
+    monkeypatch.setenv("COLUMNS", "160")
+    sources = "xla_causal_plus1|xla_kv_swapped"
+    matrix = ("mutants", "--only", "no_such_mutant", "--patches", sources, "--alarms", "0", "--no-usual")
+    options = (*matrix, "--out", str(tmp_path))
+    assert ended(options) == 4
+    told = capsys.readouterr()
+    assert "stopped: 1 of 2 mutants were run" in told.out
+    assert "xla_causal_plus1" in told.out
+    assert json.loads((tmp_path / "kills.json").read_text())["interrupted"]
+    assert ended(options) == 0
+    assert sorted(asked) == ["xla_causal_plus1", "xla_kv_swapped", "xla_kv_swapped"]
+    assert "2 of 2 killed" in capsys.readouterr().out
+
+
+def ended(arguments: tuple[str, ...]) -> int:
+    """The exit status of an `rpa fuzz` command."""
+    with pytest.raises(SystemExit) as status:
+        app(arguments)
+    return int(status.value.code or 0)
 
 
 # ---------------------------------------------------------------- source patches

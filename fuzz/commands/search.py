@@ -187,7 +187,8 @@ def mutants(
     ] = None,
     usual: Annotated[bool, typer.Option(help="also what the usual judges kill")] = True,
     alarms: Annotated[int, typer.Option(min=0, help="cases of the right kernel that must raise no alarm")] = 2000,
-    out: Annotated[Path | None, typer.Option(help="write kills.json here")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="source patches at once, each a process")] = 1,
+    out: Annotated[Path | None, typer.Option(help="write kills.json here; what it holds is not run again")] = None,
 ) -> None:
     """The mutation score: which known bugs are caught, and after how many cases."""
     from fuzz.commands.mutation import show, table
@@ -196,7 +197,7 @@ def mutants(
     if listed:
         table(only)
         return
-    raise typer.Exit(show(console, seed, cases, only, sources, usual, alarms, out))
+    raise typer.Exit(show(console, seed, cases, only, sources, usual, alarms, workers, out))
 
 
 @app.command()

@@ -9,9 +9,12 @@ package by its position on `sys.path`.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +30,7 @@ KERNELS = ("xla", "triton", "pallas_tpu", "pallas_gpu", "api")
 # Of each kernel that only an interpreter runs without its chip, a few that die soon: what `--patches few` tries.
 FEW = ("triton_kv_swapped", "triton_causal_plus1", "triton_cap_no_outer", "pallas_tpu_kv_swapped",
        "pallas_tpu_causal_plus1", "pallas_gpu_kv_swapped")  # fmt: skip
+PROOF_SECONDS = 900.0  # a proof of a kernel that hangs waits for minutes
 _COPIED = ("rpa", "oracle", "fuzz")
 
 
@@ -88,6 +92,15 @@ def read(path: Path) -> Patch:
     if not first or not first[0].startswith("# "):
         raise PatchError(f"{path.name}: the first line must be '# what it does'")
     return Patch(path.stem, kernel, first[0].removeprefix("# "), path)
+
+
+def version() -> str:
+    """A name for the sources as they are: what was found out about others is out of date."""
+    digest = hashlib.sha256()
+    for package in _COPIED:
+        for path in sorted([*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.patch")]):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -162,19 +175,52 @@ def _tests(path: str) -> list[str]:
 
 def proved(test: str) -> tuple[bool, str]:
     """Whether a proof catches its patch (its test passes), and the end of what pytest says."""
-    done = _pytest(test)
+    try:
+        done = _pytest(test)
+    except subprocess.TimeoutExpired:
+        return False, f"no verdict in {PROOF_SECONDS} s"
     return done.returncode == 0, (done.stdout.strip().splitlines() or ["no word"])[-1]
 
 
 def _pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--slow", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return _run([sys.executable, "-m", "pytest", "-q", "-n", "0", "--slow", *arguments], ROOT, None, PROOF_SECONDS)
 
 
 def run_python(root: Path, code: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     """Run Python code in a fresh process that imports the packages from `root`."""
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return _run([sys.executable, "-c", code, *arguments], root, environment, timeout)
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def _run(
+    command: list[str], folder: Path, environment: dict[str, str] | None, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`, but `stop` ends it too, from whichever thread it was begun."""
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        _running.add(child)
+        try:
+            out, err = child.communicate(timeout=timeout)
+        except BaseException:
+            _end(child)
+            raise
+        finally:
+            _running.discard(child)
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def stop() -> None:
+    """End every process that is judging a patch."""
+    for child in list(_running):
+        _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Kill a process with those it has begun: a proof runs the kernel in one of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)

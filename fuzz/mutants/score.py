@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
@@ -31,7 +31,8 @@ SECONDS = 60.0
 SHAPES = 24
 # Of a patched kernel: a shape is a compilation, and blocks are longer than most contexts, so cases must be many.
 PATCH_SHAPES, PATCH_CASES = 12, 240
-INTERPRETED_CASES = 40  # at seconds a case; what they leave alive is its proof's to catch
+# In an interpreter a compilation takes 7 CPU seconds and a case half of one; what these leave alive is its proof's.
+INTERPRETED_SHAPES, INTERPRETED_CASES = 3, 30
 # What plays a kernel where its own chip is missing.
 INTERPRETED = {"triton": "triton_interpret"}
 
@@ -137,7 +138,7 @@ def _searched(patch: patched.Patch, seed: int, cases: int, seconds: float) -> Ki
         try:
             done = patched.run_python(root, _CODE, *arguments, timeout=4 * seconds)
         except subprocess.TimeoutExpired:  # what hangs is wrong; what is only slow has run out of CPU seconds before
-            return result(True, "timeout")
+            return result(True, "timeout", "it hangs")
     if done.returncode:
         text = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return result(False, "", text) if "cannot run here" in text else result(True, "crash", text)
@@ -148,8 +149,10 @@ def _searched(patch: patched.Patch, seed: int, cases: int, seconds: float) -> Ki
 def main(name: str, seed: str, cases: str, seconds: str) -> None:
     """In the fresh process: judge the (patched) target and print the `Kill` as JSON."""
     target, pool = _runnable(name, int(seed))
-    most = min(int(cases), INTERPRETED_CASES) if target.interpreted else int(cases)
-    found = _kill(target, drawn(int(seed), most, pool), float(seconds), Mutant(name, "", ""))
+    plans = drawn(int(seed), int(cases), pool)
+    if target.interpreted:
+        plans = drawn(int(seed), min(int(cases), INTERPRETED_CASES), pool[:INTERPRETED_SHAPES])
+    found = _kill(target, plans, float(seconds), Mutant(name, "", ""))
     print(json.dumps(asdict(found)))
     sys.stdout.flush()
 
@@ -180,13 +183,15 @@ BLOCKINGS = tuple(
 
 def false_alarms(seed: int = 0, cases: int = 2000, pool: tuple[Shape, ...] = ()) -> list[tuple[Plan, str]]:
     """Every accusation of the right model kernel over `cases` cases and varied blocking."""
+    return [accusation for accusation in alarms(seed, cases, pool) if accusation is not None]
+
+
+def alarms(seed: int, cases: int, pool: tuple[Shape, ...] = ()) -> Iterator[tuple[Plan, str] | None]:
+    """Of each case of the right model kernel, the accusation or None."""
     targets = [right_target(launch) for launch in BLOCKINGS]
-    found = []
-    for count, plan in enumerate(drawn(seed, cases, pool)):
+    for count, plan in enumerate(drawn(seed, cases, pool) if cases else ()):
         judgement = judge_plan(plan, targets[count % len(targets)])
-        if judgement.bad:
-            found.append((plan, judgement.text))
-    return found
+        yield (plan, judgement.text) if judgement.bad else None
 
 
 # ---------------------------------------------------------------- the usual judges
@@ -237,9 +242,9 @@ def usual_plans(layouts: str, seed: int = 0) -> tuple[Plan, ...]:
     )[:24]
 
 
-def usual_score(judge: Usual, seed: int = 0) -> dict[str, bool]:
+def usual_score(judge: Usual, seed: int = 0, mutants: Sequence[Mutant] = MUTANTS) -> dict[str, bool]:
     """Which mutants a usual judge kills."""
-    return {mutant.id: accused_by(judge, mutant, seed) for mutant in MUTANTS}
+    return {mutant.id: accused_by(judge, mutant, seed) for mutant in mutants}
 
 
 def accused_by(judge: Usual, mutant: Mutant, seed: int = 0) -> bool:
