@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import time
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fuzz.bench import arrays, ceilings, cells, page, peers, record, run, session
+from fuzz.bench import arrays, ceilings, cells, page, peers, record, run, session, watch, work
 from fuzz.bench.clock import Timing
 from oracle import Case, attend, judge
 from rpa import ragged_page_attention_v2
+from tests import bench_children
 
 CEILINGS = ceilings.Ceilings("test", 0, 1e9, {"float32": 1e9, "bfloat16": 1e9}, {})
 CELL = cells.decode("tiny", "full", 2, 40, page=8)
+HERE = functools.partial(session.Options, patience=0.0)  # in this process
 
 
 def oracle_kernel(wrong: float = 0.0, pause: float = 0.0):
@@ -69,8 +72,9 @@ def test_sampled_rows_are_the_batch_rows():
     whole, _ = attend(Case(*[None if a is None else np.asarray(a) for a in batch.arguments()], **batch.options))
     sampled = list(arrays.samples(batch, 12))
     assert len(sampled) >= 6
-    for rows, case in sampled:
-        verdict = judge(case, whole[rows].astype(np.float32))
+    assert len({heads.start for (_, heads), _ in sampled}) == 2, "every kv head has its turn"
+    for (rows, heads), case in sampled:
+        verdict = judge(case, whole[rows, heads].astype(np.float32))
         assert verdict.status == "pass", verdict.text
 
 
@@ -183,8 +187,7 @@ def test_noise_is_told_by_the_samples():
 
 def test_one_lucky_kernel_is_no_speed():
     lucky = [0.5, *[1.0] * 9]
-    assert Timing.middle(lucky).seconds == 1.0
-    assert Timing.least(lucky).seconds == 0.5
+    assert Timing.middle(lucky).seconds == Timing.least(lucky).seconds == 1.0
 
 
 def test_slowdown_that_hides_in_the_noise_of_each_cell_is_told_by_their_mean():
@@ -201,12 +204,12 @@ def test_killed_run_resumes(tmp_path, monkeypatch):
     other, counted = cells.decode("tiny", "full", 1, 24, page=8), []
     monkeypatch.setattr(ceilings, "measure", lambda: CEILINGS)
     monkeypatch.setattr(cells, "cells_for", lambda chip: [CELL, other])
-    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel()])
+    monkeypatch.setattr(work, "contenders_on", lambda *asked: [oracle_kernel()])
     one = run.one
     monkeypatch.setattr(run, "one", lambda batch, *rest: counted.append(batch.cell.name) or one(batch, *rest))
     path = tmp_path / "a.json"
     path.write_text(made(result(backend="model")).to_json())
-    assert session.main(path, None, None, [], "", False, [], resume=True) == session.PASS
+    assert session.main(HERE(json=path, resume=True)) == session.PASS
     assert counted == [other.name]
     assert {r.cell for r in record.load(path).results} == {CELL.name, other.name}
 
@@ -219,15 +222,37 @@ def test_accelerators_prepare_a_group_of_cells_before_they_time_one(monkeypatch)
     prepare, time = kernel.prepare, run._time
     told = dataclasses.replace(kernel, prepare=lambda b: said.append(f"compile {b.cell.label}") or prepare(b))
     monkeypatch.setattr(run, "_AT_ONCE", 2)
-    monkeypatch.setattr(
-        run, "_time", lambda f, a, cell, *rest: said.append(f"time {cell.label}") or time(f, a, cell, *rest)
-    )
-    found = list(run.run([(cell, [told]) for cell in cells_here], CEILINGS, "tpu"))
-    assert [[r.status for r in results] for results in found] == [["pass"]] * 3
+    monkeypatch.setattr(run, "_time", lambda b, *rest: said.append(f"time {b.cell.label}") or time(b, *rest))
+    events = list(run.run([(cell, [told]) for cell in cells_here], CEILINGS, "tpu"))
+    assert [what.status for kind, what in events if kind == "result"] == ["pass"] * 3
     assert sorted(said[:2]) == ["compile b1x16", "compile b1x8"]
     assert said[2:] == ["time b1x8", "time b1x16", "compile b1x24", "time b1x24"]
     monkeypatch.setattr(run, "_HELD_BYTES", 0)
     assert [len(group) for group in run._groups([(cell, []) for cell in cells_here], 8)] == [1, 1, 1]
+
+
+def test_what_crashes_or_hangs_costs_its_own_line_only(monkeypatch):
+    """Each child ends at its first bad contender; the next goes on behind it, and measures no ceilings again."""
+    monkeypatch.setattr(watch, "serve", bench_children.serve)
+    events: list[Any] = []
+
+    def heard(child, seconds: float) -> bool:  # no clock: a child is silent when it says that it will be
+        return events[-1:] != [("tick", bench_children.HANGS)] and child.pipe.poll(None)
+
+    monkeypatch.setattr(watch, "_heard", heard)
+    for event in watch.watched(work.Settings(), patience=3.0):
+        events.append(event)
+    lines = {(r.cell, r.backend): r for kind, r in events if kind == "result"}
+    assert [lines[cell, name].status for cell in ("one", "two") for name in "abc"] == ["pass", "error", "error"] * 2
+    assert "SIGABRT" in lines["one", "b"].reason
+    assert "hung: silent for 3 s" in lines["two", "c"].reason
+    assert len(lines) == sum(kind == "result" for kind, _ in events)
+
+
+def test_child_that_cannot_begin_is_told(monkeypatch):
+    monkeypatch.setattr(watch, "serve", bench_children.broken)
+    ((kind, what),) = watch.watched(work.Settings(), 10.0)
+    assert (kind, what.partition(":")[0]) == ("broken", "exit code 1")
 
 
 def test_record_of_other_versions_is_not_resumed(tmp_path):
@@ -260,12 +285,12 @@ def test_foreign_file_is_named(tmp_path, text):
 
 
 def test_missing_compare_file_is_a_usage_error(tmp_path, capsys):
-    assert session.main(None, None, tmp_path / "none.json", [], "", False, []) == session.USAGE
+    assert session.main(HERE(compare=tmp_path / "none.json")) == session.USAGE
     assert "none.json" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_unknown_platform_is_a_usage_error(capsys):
-    assert session.main(None, None, None, ["tritn"], "", False, []) == session.USAGE
+    assert session.main(HERE(platforms=("tritn",))) == session.USAGE
     assert "tritn" in capsys.readouterr().out
 
 
@@ -283,9 +308,9 @@ def test_page_is_self_contained():
 def test_session_writes_record_and_page(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "measure", lambda: CEILINGS)
     monkeypatch.setattr(cells, "cells_for", lambda chip: [CELL])
-    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel()])
+    monkeypatch.setattr(work, "contenders_on", lambda *asked: [oracle_kernel()])
     json_path, html_path = tmp_path / "a.json", tmp_path / "a.html"
-    assert session.main(json_path, html_path, None, [], "", False, []) == session.PASS
+    assert session.main(HERE(json=json_path, html=html_path)) == session.PASS
     assert json.loads(json_path.read_text())["results"][0]["status"] == "pass"
-    monkeypatch.setattr(session, "_contenders", lambda platform, peers: [oracle_kernel(wrong=1.0)])
-    assert session.main(None, None, json_path, [], "", False, []) == session.FAIL
+    monkeypatch.setattr(work, "contenders_on", lambda *asked: [oracle_kernel(wrong=1.0)])
+    assert session.main(HERE(compare=json_path)) == session.FAIL

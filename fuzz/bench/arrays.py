@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from oracle.bound import Analysis, analyse
 from oracle.claim import default_claim
 
 POOL_BYTES = 8 << 30
-JUDGED_ROWS = 24
-JUDGED_KEYS = 64 << 10  # over all judged rows: what the oracle reads in a few seconds
+JUDGED, JUDGED_AGAIN = 64, 8  # slices of one row and one kv head: before the timing, and after it
+JUDGED_KEYS = 512 << 10  # over all judged slices: what the oracle reads in a few seconds
+
+Slice = tuple[slice, slice]  # rows and query heads of an output
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,36 @@ class Batch:
     tables: tuple[np.ndarray, ...]  # one block table a rotation, no page in two of them
     query_start_loc: np.ndarray
     sinks: Any
-    _analyses: dict[Claim | None, list[Analysis]] = field(default_factory=dict, compare=False, repr=False)
+    _analyses: dict[Claim | None, tuple[list[Analysis], list[Analysis]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @cached_property
-    def judged(self) -> list[tuple[np.ndarray, Case]]:
-        """The small cases that judge this batch, the same for every contender."""
-        return list(samples(self, JUDGED_ROWS))
+    def judged(self) -> list[tuple[Slice, Case]]:
+        """The small cases that judge this batch before it is timed, the same for every contender."""
+        return list(samples(self, JUDGED))
 
-    def analyses(self, claim: Claim | None) -> list[Analysis]:
-        """What the oracle says of each judged case, once a claim; NumPy leaves the interpreter, so rows run abreast."""
+    @cached_property
+    def judged_again(self) -> list[tuple[Slice, Case]]:
+        """Those that judge the last rotation after the timing: other pages, other answers."""
+        return list(samples(self, JUDGED_AGAIN, rotation=len(self.tables) - 1, seed=1))
+
+    def analyses(self, claim: Claim | None) -> tuple[list[Analysis], ...]:
+        """The oracle's word on each judged case, once a claim: `judged` and `judged_again`.
+
+        NumPy leaves the interpreter, so the cases run abreast.
+        """
         if claim not in self._analyses:
+            first, again = ([case for _, case in cases] for cases in (self.judged, self.judged_again))
             with ThreadPoolExecutor() as pool:
-                found = pool.map(lambda case: analyse(case, claim or default_claim(case)), [c for _, c in self.judged])
-                self._analyses[claim] = list(found)
+                found = list(pool.map(lambda case: analyse(case, claim or default_claim(case)), first + again))
+            self._analyses[claim] = found[: len(first)], found[len(first) :]
         return self._analyses[claim]
+
+    @cached_property
+    def on_host(self) -> np.ndarray:
+        """The queries, once."""
+        return np.asarray(self.queries)
 
     @property
     def num_seqs(self) -> int:
@@ -115,35 +133,45 @@ def _tables(pages: list[int], rotations: int, total: int, seed: int) -> tuple[np
     return tuple(tables)
 
 
-def samples(batch: Batch, rows: int, seed: int = 0) -> Iterator[tuple[np.ndarray, Case]]:
-    """Cases that judge some rows of a big batch, each with the rows of the output it speaks of.
+def samples(batch: Batch, count: int, rotation: int = 0, seed: int = 0) -> Iterator[tuple[Slice, Case]]:
+    """Cases that judge some slices of a big batch, each with the part of the output, `[rows, heads]`, it speaks of.
 
-    By the contract a row at position p is the decode row of the same table with p + 1 keys, so a case of such rows
-    has the same answer, and the oracle reads only their pages.
+    By the contract a row at position p is the decode row of the same table with p + 1 keys, and a kv head with its
+    group of query heads is a model of its own: such a case has the same answer, and the oracle reads little.
     """
-    cell, chosen = batch.cell, _chosen_rows(batch, rows, seed)
-    for row in chosen:
+    cell, queries, take = batch.cell, batch.on_host, _taker()
+    group = cell.model.num_q_heads // cell.model.num_kv_heads
+    for row, head in _chosen(batch, count, seed):
         s = int(np.searchsorted(batch.query_start_loc, row, side="right")) - 1
-        position = cell.contexts[s] - (int(batch.query_start_loc[s + 1]) - row)
-        used = batch.tables[0][s, : position // cell.page_size + 1]
+        keys = cell.contexts[s] - (int(batch.query_start_loc[s + 1]) - row) + 1
+        used = -(-keys // cell.page_size)
+        rows, heads = slice(row, row + 1), slice(head * group, (head + 1) * group)
+        # The whole row of the table is fetched: one shape, one compilation for all slices of the batch.
+        pages = np.asarray(take(batch.kv_pages, batch.tables[rotation][s], head))[:used]
         yield (
-            np.array([row]),
+            (rows, heads),
             Case(
-                np.asarray(batch.queries[row : row + 1]), np.asarray(batch.kv_pages[used]),
-                np.array([position + 1]), np.arange(len(used))[None], np.array([0, 1]), 1,
-                None if batch.sinks is None else np.asarray(batch.sinks), **batch.options,
+                queries[rows, heads], pages, np.array([keys]), np.arange(used)[None], np.array([0, 1]), 1,
+                None if batch.sinks is None else np.asarray(batch.sinks)[heads], **batch.options,
             ),
         )  # fmt: skip
 
 
-def _chosen_rows(batch: Batch, count: int, seed: int) -> np.ndarray:
-    """The first and last rows of some sequences, and rows at random: all heads of each."""
-    offsets = batch.query_start_loc
+@cache
+def _taker() -> Any:
+    import jax
+
+    return jax.jit(lambda kv, pages, head: jax.lax.dynamic_slice_in_dim(kv[pages], 2 * head, 2, axis=2))
+
+
+def _chosen(batch: Batch, count: int, seed: int) -> list[tuple[int, int]]:
+    """(row, kv head): the first and last rows of some sequences and rows at random, with the heads in turn."""
+    offsets, heads = batch.query_start_loc, batch.cell.model.num_kv_heads
     random = np.random.default_rng(seed)
     edges = np.concatenate([offsets[:-1], offsets[1:] - 1])
     edges = random.permutation(np.unique(edges))[: count // 2]
-    anywhere = random.integers(0, offsets[-1], count - len(edges))
-    chosen = random.permutation(np.unique(np.concatenate([edges, anywhere])))
-    sequence = np.searchsorted(offsets, chosen, side="right") - 1
-    keys = np.asarray(batch.cell.contexts)[sequence] - (offsets[sequence + 1] - chosen) + 1
-    return np.sort(chosen[: max(1, np.searchsorted(np.cumsum(keys), JUDGED_KEYS, side="right"))])
+    rows = random.permutation(np.concatenate([edges, random.integers(0, offsets[-1], count - len(edges))]))
+    turn = random.permutation(heads)
+    chosen = list(dict.fromkeys((int(row), int(turn[i % heads])) for i, row in enumerate(rows)))
+    keys = [batch.cell.contexts[int(np.searchsorted(offsets, row, side="right")) - 1] for row, _ in chosen]
+    return sorted(chosen[: max(1, int(np.searchsorted(np.cumsum(keys), JUDGED_KEYS, side="right")))])

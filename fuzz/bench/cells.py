@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -120,31 +120,34 @@ def cpu_cells() -> list[Cell]:
 
 
 def gpu_cells() -> list[Cell]:
-    """The cells in which GPU kernels are compared, at pages of 16, 64 and 128."""
-    cells = []
-    for page in (16, 64, 128):
-        for batch, contexts in (
-            (1, (K, 8 * K, 32 * K, 128 * K)),
-            (8, (K, 8 * K, 32 * K)),
-            (64, (K, 8 * K, 32 * K)),
-            (256, (K, 8 * K)),
-        ):
-            cells += [decode("llama3-8b", "full", batch, n, page) for n in contexts]
-        cells += [decode("llama3-70b-tp8", "full", b, 8 * K, page) for b in (1, 8, 64, 256)]
-        cells += [decode("llama3-70b-tp8", "full", 64, 32 * K, page)]
-        cells += [decode("gpt-oss", "local", b, 8 * K, page) for b in (8, 64, 256)]
-        cells += [decode("gpt-oss", "global", b, 8 * K, page) for b in (8, 64)]
-        cells += [decode("gemma2", "local", b, 8 * K, page) for b in (8, 64)]
-        cells += [
-            prefill("llama3-8b", "full", *shape, page=page)
-            for shape in ((1, 8 * K), (4, 4 * K), (16, 2 * K), (4, 512, 16 * K))
-        ]
-        cells += [prefill("llama3-70b-tp8", "full", 1, 8 * K, page=page)]
-        cells += [prefill(model, layer, 1, 8 * K, page=page)
-                  for model, layer in (("gpt-oss", "local"), ("gpt-oss", "global"), ("gemma2", "local"))]  # fmt: skip
-        chunks = ((2 * K, 2 * K), (2 * K, 8 * K))
-        cells += [mixed(model, "full", 128, 2 * K, 16 * K, chunks, page) for model in ("llama3-8b", "llama3-70b-tp8")]
-    return cells + growth("llama3-8b", "full", (2 * K, 8 * K, 32 * K), (4, 16, 64), (16, 32, 128), 8 * K, 16)
+    """The cells in which GPU kernels are compared, those first that a short budget should reach."""
+    cells = [*_compared(16), *_others(16), *_compared(64), *_compared(128)]
+    cells += growth("llama3-8b", "full", (2 * K, 8 * K, 32 * K), (4, 16, 64), (16, 32, 128), 8 * K, 16)
+    return [*cells, *_others(64), *_others(128)]
+
+
+def _compared(page: int) -> list[Cell]:
+    """One or two cells of each kind: mixed, prefill, short and long decode, windows, sinks, caps."""
+    llama, small = ("llama3-8b", "full"), ("llama3-70b-tp8", "full")
+    chunks = ((2 * K, 2 * K), (2 * K, 8 * K))
+    cells = [mixed(*model, 128, 2 * K, 16 * K, chunks, page) for model in (llama, small)]
+    cells += [prefill(*llama, *shape, page=page) for shape in ((1, 8 * K), (4, 4 * K), (16, 2 * K), (4, 512, 16 * K))]
+    cells += [decode(*llama, batch, n, page) for batch, n in ((64, 8 * K), (8, 8 * K), (1, 8 * K), (8, K), (1, K))]
+    cells += [decode("gpt-oss", "local", batch, 8 * K, page) for batch in (64, 256)]
+    cells += [prefill(model, layer, 1, 8 * K, page=page)
+              for model, layer in (("gpt-oss", "local"), ("gpt-oss", "global"), ("gemma2", "local"))]  # fmt: skip
+    cells += [decode(*small, 64, 8 * K, page), decode("gpt-oss", "global", 64, 8 * K, page)]
+    return [*cells, decode("gemma2", "local", 64, 8 * K, page)]
+
+
+def _others(page: int) -> list[Cell]:
+    """What fills the table: lengths and batches between those of `_compared`."""
+    llama, small = ("llama3-8b", "full"), ("llama3-70b-tp8", "full")
+    sizes = ((1, 32 * K), (1, 128 * K), (8, 32 * K), (64, K), (64, 32 * K), (256, K), (256, 8 * K))
+    cells = [decode(*llama, batch, n, page) for batch, n in sizes]
+    cells += [decode(*small, b, 8 * K, page) for b in (1, 8, 256)] + [decode(*small, 64, 32 * K, page)]
+    cells += [decode("gpt-oss", "local", 8, 8 * K, page), decode("gpt-oss", "global", 8, 8 * K, page)]
+    return [*cells, decode("gemma2", "local", 8, 8 * K, page), prefill(*small, 1, 8 * K, page=page)]
 
 
 def growth(model: str, layer: str, contexts, batches, pages, context: int, batch: int) -> list[Cell]:
@@ -160,5 +163,9 @@ def growth(model: str, layer: str, contexts, batches, pages, context: int, batch
 def cells_for(platform: str) -> list[Cell]:
     """The shape list of a device: `cpu`, `gpu` or `tpu`."""
     cells = cpu_cells() if platform == "cpu" else gpu_cells()
-    # A point of a growth curve may be a cell of its own as well; the later one knows its curves.
-    return list({cell.name: cell for cell in cells}.values())
+    # A point of a growth curve may be a cell of its own as well: it keeps its place, and learns its curves.
+    unique: dict[str, Cell] = {}
+    for cell in cells:
+        known = unique.get(cell.name)
+        unique[cell.name] = cell if known is None else replace(known, families=known.families + cell.families)
+    return list(unique.values())

@@ -114,13 +114,14 @@ def _record(path: Path, data: Any) -> Record:
 
 @dataclass(frozen=True)
 class Change:
-    """One cell of one backend in two records."""
+    """One cell of one backend in two records, by one clock."""
 
     cell: str
     backend: str
     before: float
-    after: float
-    noise: float  # what the two runs' own spreads explain
+    after: float  # at the earlier run's pace of the machine, where both runs had the yardstick beside them
+    noise: float  # the half widths of both runs' 95 % intervals together
+    clock: str = "time"  # "wall" or "cpu" beside the yardstick, else "time"
 
     @property
     def ratio(self) -> float:
@@ -134,6 +135,32 @@ class Change:
     @property
     def improved(self) -> bool:
         return self.ratio < 1 / (1 + THRESHOLD) and self.ratio < 1 / (1 + self.noise)
+
+
+def changes(before: Result, after: Result) -> list[Change]:
+    """A cell's change by each clock that both runs read beside the same yardstick, or else of its plain time.
+
+    CPU time is the steady clock of a busy machine, the wall alone sees a kernel that waits: a slowdown in either is
+    a slowdown.
+    """
+    found = []
+    for clock, then in before.beside.items():
+        now = after.beside.get(clock)
+        if now is not None and now["version"] == then["version"]:
+            own = (before.time, after.time) if clock == "wall" else (then["seconds"], now["seconds"])
+            pace = then["yardstick"] / now["yardstick"]
+            noise = then["noise"] + now["noise"]
+            found.append(Change(after.cell, after.backend, own[0], own[1] * pace, noise, clock))
+    plain = Change(after.cell, after.backend, before.time, after.time, (before.spread or 0) + (after.spread or 0))
+    return found or [plain]
+
+
+def quicker(one: Result, other: Result) -> Result:
+    """The better of two measurements of the same thing; one without a number is the worse, and is kept."""
+    if one.seconds is None or other.seconds is None:
+        return one if one.seconds is None else other
+    ratios = [change.ratio for change in changes(one, other)]
+    return one if math.prod(ratios) >= 1 else other
 
 
 @dataclass(frozen=True)
@@ -166,20 +193,19 @@ def compare(before: Record, after: Record) -> Comparison:
     both = [(old[r.cell, r.backend], r) for r in ours if (r.cell, r.backend) in old]
     if not both:
         raise RecordError("no cell has a number in both records")
-    changes = [Change(b.cell, b.backend, b.seconds, a.seconds, (b.spread or 0) + (a.spread or 0))
-               for b, a in both if b.seconds is not None and a.seconds is not None]  # fmt: skip
-    return Comparison(tuple(changes), tuple(a for _, a in both if a.seconds is None), _overall(changes))
+    found = [change for b, a in both if a.seconds is not None for change in changes(b, a)]
+    return Comparison(tuple(found), tuple(a for _, a in both if a.seconds is None), _overall(found))
 
 
 def _overall(changes: list[Change]) -> tuple[Change, ...]:
     """The mean change of each backend with several cells: noise of independent cells shrinks in their average."""
     means = []
-    for backend in dict.fromkeys(change.backend for change in changes):
-        own = [change for change in changes if change.backend == backend]
+    for backend, clock in dict.fromkeys((change.backend, change.clock) for change in changes):
+        own = [change for change in changes if (change.backend, change.clock) == (backend, clock)]
         if len(own) > 1:
             before, after = _mean([change.before for change in own]), _mean([change.after for change in own])
             noise = math.sqrt(sum(change.noise**2 for change in own)) / len(own)
-            means.append(Change(f"geometric mean of {len(own)} cells", backend, before, after, noise))
+            means.append(Change(f"geometric mean of {len(own)} cells", backend, before, after, noise, clock))
     return tuple(means)
 
 

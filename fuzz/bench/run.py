@@ -1,18 +1,18 @@
-"""One cell on one backend: judge, and only then time."""
+"""One cell on one contender: judge, time, and judge again. No number without a verdict."""
 
 from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from fuzz.bench import arrays, clock
+from fuzz.bench import arrays, clock, yardstick
 from fuzz.bench.arrays import Batch
 from fuzz.bench.ceilings import Ceilings
 from fuzz.bench.cells import Cell
@@ -36,8 +36,9 @@ class Result:
     reason: str = ""
     ratio: float | None = None  # worst error over its bound
     seconds: float | None = None
-    spread: float | None = None
+    spread: float | None = None  # half of the 95 % interval of `seconds`, as a fraction
     samples: int = 0
+    beside: dict[str, dict[str, float]] = field(default_factory=dict)  # on a CPU: see `clock.Timing`
     floor: float | None = None  # seconds no kernel can beat on this machine
     bytes: int = 0
     flops: int = 0
@@ -45,6 +46,8 @@ class Result:
     compile_seconds: float | None = None
     host_seconds: float | None = None  # of a warm public call, without waiting
     launches: int | None = None  # kernels of one call, on a GPU
+    judge_seconds: float | None = None  # what its first call and the verdicts took
+    timing_seconds: float | None = None  # what its timing took
     tags: dict[str, Any] = field(default_factory=dict)  # what growth curves and charts group by
 
     @property
@@ -73,8 +76,10 @@ class Contender:
     unsupported: Callable[[Batch], str | None]
     output: Callable[[Any], np.ndarray] = np.asarray
     ready: Callable[[Any], Any] = jax.block_until_ready
-    # batch -> the call as its users write it, for the host time; None: the prepared function itself
-    public: Callable[[Batch], Callable[[], Any]] | None = None
+    # batch -> the call as its users write it, given a rotation: what is timed on a CPU, and everywhere the host time.
+    # None: the prepared function itself
+    public: Callable[[Batch], Callable[[int], Any]] | None = None
+    deterministic: bool = True  # other bits for the same arguments cost it its number
 
 
 @dataclass(frozen=True)
@@ -95,32 +100,57 @@ def prepared(batch: Batch, contender: Contender) -> Prepared:
     return Prepared(function, arguments, time.perf_counter() - begin)
 
 
-def run(jobs: Iterable[tuple[Cell, list[Contender]]], ceilings: Ceilings, platform: str) -> Iterator[list[Result]]:
-    """Every cell on its contenders: a list of results a cell, interleaved so that the machine's moods hit all alike.
+# What a run tells as it goes: ("prepare", cell names), ("tick", None), ("spent", seconds of preparation),
+# ("begin", (cell, contender)), ("result", Result).
+Event = tuple[str, Any]
+Jobs = Iterable[tuple[Cell, list[Contender]]]
+
+
+def run(jobs: Jobs, ceilings: Ceilings, platform: str, deadline: float | None = None,
+        alone: frozenset[str] = frozenset()) -> Iterator[Event]:  # fmt: skip
+    """Every cell on its contenders, one after another, so that the machine's moods hit all alike.
 
     On an accelerator the host's cores compile and consult the oracle for a group of cells at once, and nothing is
     timed meanwhile; then the group is timed one by one.
+
+    Args:
+        deadline: `time.time()` past which nothing is begun.
+        alone: cells for which nothing is prepared ahead, so that who kills the process is who was begun.
     """
-    for group in _groups(jobs, 1 if platform == "cpu" else _AT_ONCE):
-        yield from _measured(group, ceilings, platform)
+    for group in _groups(jobs, 1 if platform == "cpu" else _AT_ONCE, alone):
+        if not _late(deadline):
+            ahead = platform != "cpu" and group[0][0].name not in alone
+            yield from _measured(group, ceilings, platform, deadline, ahead)
 
 
-def _measured(group: list[tuple[Cell, list[Contender]]], ceilings: Ceilings, platform: str) -> Iterator[list[Result]]:
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.time() > deadline
+
+
+def _measured(group: list[tuple[Cell, list[Contender]]], ceilings: Ceilings, platform: str, deadline: float | None,
+              ahead: bool) -> Iterator[Event]:  # fmt: skip
     """A function of its own, so that a group's pools are gone before the next group's are made."""
+    begin = time.perf_counter()
+    yield "prepare", [cell.name for cell, _ in group]
     batches = [(arrays.make(cell, ceilings.cache_bytes), contenders) for cell, contenders in group]
-    ready = {} if platform == "cpu" else _prepared(batches)
+    ready = (yield from _prepared(batches)) if ahead else {}
+    yield "spent", time.perf_counter() - begin
     for batch, contenders in batches:
-        name = batch.cell.name
-        yield [one(batch, c, ceilings, platform, ready.pop((name, c.name), None)) for c in contenders]
+        for contender in contenders:
+            if not _late(deadline):
+                name = (batch.cell.name, contender.name)
+                yield "begin", name
+                yield "result", one(batch, contender, ceilings, platform, ready.pop(name, None))
 
 
-def _groups(jobs: Iterable[tuple[Cell, list[Contender]]], most: int) -> Iterator[list[tuple[Cell, list[Contender]]]]:
+def _groups(jobs: Jobs, most: int, alone: frozenset[str] = frozenset()) -> Iterator[list[tuple[Cell, list[Contender]]]]:
     """Runs of at most `most` cells whose pools fit the device together; a big one may stand alone."""
     group: list[tuple[Cell, list[Contender]]] = []
     held = 0
     for cell, contenders in jobs:
         size = max(cell.cache_bytes, arrays.POOL_BYTES // 16)  # a small one rotates over several pools
-        if group and (len(group) == most or held + size > _HELD_BYTES):
+        single = cell.name in alone or (bool(group) and group[-1][0].name in alone)
+        if group and (len(group) == most or held + size > _HELD_BYTES or single):
             yield group
             group, held = [], 0
         group.append((cell, contenders))
@@ -129,48 +159,94 @@ def _groups(jobs: Iterable[tuple[Cell, list[Contender]]], most: int) -> Iterator
         yield group
 
 
-def _prepared(batches: list[tuple[Batch, list[Contender]]]) -> dict[tuple[str, str], Future[Prepared]]:
-    """Every contender of every batch compiled, and every case analysed, on all cores."""
-    ready = {}
+def _prepared(batches: list[tuple[Batch, list[Contender]]]) -> Generator[Event, None, dict[tuple, Future[Prepared]]]:
+    """Every contender of every batch compiled, and every case analysed, on all cores; a tick as each is done."""
+    ready, analysed = {}, []
     with ThreadPoolExecutor() as pool:
         for batch, contenders in batches:
-            able = [contender for contender in contenders if contender.unsupported(batch) is None]
+            able = [contender for contender in contenders if _able(contender, batch)]
             for c in able:
                 ready[batch.cell.name, c.name] = pool.submit(contextvars.copy_context().run, prepared, batch, c)
-            for claim in {contender.claim(batch) for contender in able}:
-                pool.submit(batch.analyses, claim)
+            analysed.append(pool.submit(_analyse, batch, able))
+        for _ in as_completed([*ready.values(), *analysed]):
+            yield "tick", None
     return ready
+
+
+def _analyse(batch: Batch, contenders: list[Contender]) -> None:
+    """One claim after another: the batch's cases are then drawn once."""
+    for claim in {contender.claim(batch) for contender in contenders}:
+        batch.analyses(claim)
+
+
+def _able(contender: Contender, batch: Batch) -> bool:
+    """Whether it takes the batch; one that breaks when asked is left to `one`, which says so."""
+    try:
+        contender.claim(batch)
+        return contender.unsupported(batch) is None
+    except Exception:
+        return False
 
 
 def one(batch: Batch, contender: Contender, ceilings: Ceilings, platform: str,
         ready: Future[Prepared] | None = None) -> Result:  # fmt: skip
-    """Judge one contender on one batch and, if it passes, time it."""
+    """Judge one contender on one batch and, if it passes, time it and judge it again."""
     cell = batch.cell
     floor = ceilings.floor(cell.bytes, cell.flops, cell.layer.compute_dtype)
-    known = {"cell": cell.name, "backend": contender.name, "floor": floor, "bytes": cell.bytes, "flops": cell.flops,
-             "tags": _tags(cell)}  # fmt: skip
-    reason = contender.unsupported(batch)
-    if reason is not None:
-        return Result(**known, status="unsupported", reason=reason)
+    none = Result(cell.name, contender.name, "error", floor=floor, bytes=cell.bytes, flops=cell.flops, tags=_tags(cell))
     try:
-        bound = ready.result() if ready else prepared(batch, contender)
-        function, arguments = bound.function, bound.arguments
-        begin = time.perf_counter()
-        answer = contender.output(function(*arguments[0]))
-        first = time.perf_counter() - begin
-        status, reason, ratio = verdict(batch, answer, contender.claim(batch))
-        if status != "pass":
-            return Result(**known, status=status, reason=reason, ratio=ratio)
-        timing = _time(function, arguments, cell, platform, contender.ready)
-        public = contender.public(batch) if contender.public else lambda: function(*arguments[0])
-        host = clock.dispatch(public, repeats=20)
+        reason = contender.unsupported(batch)
+        if reason is not None:
+            return replace(none, status="unsupported", reason=reason)
+        # What did not compile beside others is given a chance alone.
+        bound = ready.result() if ready and not ready.exception() else prepared(batch, contender)
+        return _judged_and_timed(batch, contender, platform, none, bound)
     except Exception as error:  # a crash is a finding about the contender, and must not end the others' run
-        return Result(**known, status="error", reason=f"{type(error).__name__}: {error}"[:500])
-    return Result(
-        **known, status="pass", ratio=ratio, seconds=timing.seconds, spread=timing.spread, samples=timing.samples,
-        temp_bytes=_temporaries(function, arguments[0]), host_seconds=host, launches=timing.launches,
-        compile_seconds=bound.compile_seconds + max(0.0, first - timing.seconds),
+        return replace(none, reason=f"{type(error).__name__}: {error}"[:500])
+
+
+def _judged_and_timed(batch: Batch, contender: Contender, platform: str, none: Result, bound: Prepared) -> Result:
+    function, arguments = bound.function, bound.arguments
+    public = contender.public(batch) if contender.public else lambda turn: function(*arguments[turn % len(arguments)])
+    begin = time.perf_counter()
+    answer = contender.output(function(*arguments[0]))
+    first = time.perf_counter() - begin
+    status, reason, ratio = verdict(batch, answer, contender.claim(batch))
+    judged = time.perf_counter() - begin
+    if status != "pass":
+        return replace(none, status=status, reason=reason, ratio=ratio, judge_seconds=judged)
+    begin = time.perf_counter()
+    timing = _time(batch, function, arguments, public, platform, contender.ready)
+    host = clock.dispatch(lambda: public(0), repeats=20)
+    timed = time.perf_counter() - begin
+    begin = time.perf_counter()
+    status, reason = _again(batch, contender, function, arguments, public, answer)
+    judged += time.perf_counter() - begin
+    if status != "pass":
+        return replace(none, status=status, reason=reason, ratio=ratio, judge_seconds=judged, timing_seconds=timed)
+    return replace(
+        none, status="pass", ratio=ratio, seconds=timing.seconds, spread=timing.spread, samples=timing.samples,
+        beside=timing.beside, temp_bytes=_temporaries(function, arguments[0]), host_seconds=host,
+        launches=timing.launches, compile_seconds=bound.compile_seconds + max(0.0, first - timing.seconds),
+        judge_seconds=judged, timing_seconds=timed,
     )  # fmt: skip
+
+
+def _again(batch: Batch, contender: Contender, function: Callable, arguments: list[tuple], public: Callable,
+           answer: np.ndarray) -> tuple[str, str]:  # fmt: skip
+    """The verdict on what was timed: the same arguments once more, other pages, and the call as users write it."""
+    claim, last = contender.claim(batch), len(arguments) - 1
+    once_more = contender.output(function(*arguments[0]))
+    status, reason = "pass", ""
+    if once_more.tobytes() != answer.tobytes():
+        status, reason, _ = verdict(batch, once_more, claim)
+        if status == "pass" and contender.deterministic:
+            status, reason = "fail", "the same arguments gave other bits"
+    if status == "pass":
+        status, reason, _ = verdict(batch, contender.output(function(*arguments[last])), claim, again=True)
+    if status == "pass" and contender.public:
+        status, reason, _ = verdict(batch, np.asarray(public(last)), claim, again=True)
+    return status, f"after the timing: {reason}"
 
 
 def _tags(cell: Cell) -> dict[str, Any]:
@@ -179,21 +255,39 @@ def _tags(cell: Cell) -> dict[str, Any]:
             "dtype": cell.layer.dtype, "compute_dtype": cell.layer.compute_dtype}  # fmt: skip
 
 
-def verdict(batch: Batch, answer: np.ndarray, claim: Claim | None) -> tuple[str, str, float]:
-    """The worst verdict over sampled rows, all heads: (status, text, ratio)."""
+def verdict(batch: Batch, answer: np.ndarray, claim: Claim | None, again: bool = False) -> tuple[str, str, float]:
+    """The worst verdict over sampled slices of an output: (status, text, ratio).
+
+    Args:
+        again: the answer is that of the last rotation.
+    """
+    queries = batch.on_host
+    if (answer.shape, answer.dtype) != (queries.shape, queries.dtype):
+        return "fail", f"{answer.dtype}{list(answer.shape)} came, {queries.dtype}{list(queries.shape)} was due", np.inf
+    finite = np.isfinite(answer).all(axis=(1, 2))
+    if not finite.all():
+        return "fail", f"row {int(np.argmin(finite))} is not finite, {int((~finite).sum())} rows are not", np.inf
     worst = ("vacuous", "no row was judged", 0.0)
     rank = {"vacuous": 0, "pass": 1, "suspect": 2, "fail": 3}
-    for (rows, case), analysis in zip(batch.judged, batch.analyses(claim), strict=True):
-        found = compare(case, analysis, answer[rows])
+    cases, analyses = (batch.judged_again if again else batch.judged), batch.analyses(claim)[again]
+    for ((rows, heads), case), analysis in zip(cases, analyses, strict=True):
+        found = compare(case, analysis, answer[rows, heads])
         if (rank[found.status], found.ratio) >= (rank[worst[0]], worst[2]):
-            worst = (found.status, f"row {int(rows[0])}: {found.text}", found.ratio)
+            worst = (
+                found.status,
+                f"row {rows.start}, heads {heads.start} to {heads.stop - 1}: {found.text}",
+                found.ratio,
+            )
     return worst
 
 
-def _time(function: Callable, arguments: list[tuple], cell: Cell, platform: str, ready: Callable) -> clock.Timing:
+def _time(batch: Batch, function: Callable, arguments: list[tuple], public: Callable[[int], Any], platform: str,
+          ready: Callable) -> clock.Timing:  # fmt: skip
+    if platform == "cpu":
+        return clock.paired(public, yardstick.make(batch))
     if platform != "gpu":
         return clock.wall(function, arguments)
-    rest = 0.1 if cell.flops / cell.bytes > _BURST_INTENSITY else 0.0
+    rest = 0.1 if batch.cell.flops / batch.cell.bytes > _BURST_INTENSITY else 0.0
     return clock.kernels(function, arguments, rest, ready=ready)
 
 
@@ -203,76 +297,3 @@ def _temporaries(function: Any, args: tuple) -> int | None:
         return None
     analysis = function.lower(*args).compile().memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
-
-
-# ------------------------------------------------------------------ our backends
-
-
-def backend(name: str) -> Contender:
-    """The backend in slot `name` ("xla", "triton", ...), through its own program, config by heuristic or table."""
-
-    def chosen(batch: Batch) -> tuple:
-        from rpa import api, device, registry
-
-        inputs, signature = api.prepare((*batch.arguments(), *_scales(batch)), _static(batch), False)
-        return inputs, signature, registry.load(name), device.current(inputs.queries)
-
-    def config(batch: Batch) -> Any:
-        from rpa import select
-
-        _, signature, _, device = chosen(batch)
-        return select.choose(signature, device, _platform(name), None).config
-
-    def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
-        from rpa import api
-
-        _, signature, implementation, device = chosen(batch)
-        program = api.compiled(implementation, signature, config(batch), device)
-        rotations = [
-            api.prepare((*batch.arguments(i), *_scales(batch)), _static(batch), False)[0]
-            for i in range(len(batch.tables))
-        ]
-        return program, [(jax.device_put(inputs),) for inputs in rotations]
-
-    def claim(batch: Batch) -> Claim:
-        _, signature, implementation, device = chosen(batch)
-        return Claim(**implementation.claim(signature, device))
-
-    def unsupported(batch: Batch) -> str | None:
-        from rpa import registry
-
-        _, signature, _, device = chosen(batch)
-        return registry.why_not(next(slot for slot in registry.SLOTS if slot.name == name), signature, device)
-
-    def public(batch: Batch) -> Callable[[], Any]:
-        from rpa import ragged_page_attention_v2
-
-        arrays = jax.device_put(batch.arguments())
-        options = batch.options | {"platform": _platform(name), "cfg": config(batch)}
-        # The session's override of the policy is no part of what a user's warm call pays for.
-        bare = contextvars.Context()
-        return lambda: bare.run(ragged_page_attention_v2, *arrays, **options)
-
-    return Contender(name, prepare, claim, unsupported, lambda answer: np.asarray(answer[0]), public=public)
-
-
-def _platform(name: str) -> str:
-    from rpa import registry
-
-    return next(slot.platform for slot in registry.SLOTS if slot.name == name)
-
-
-def _scales(batch: Batch) -> tuple:
-    return batch.options.get("k_scale"), batch.options.get("v_scale")
-
-
-def _static(batch: Batch) -> tuple:
-    o = batch.options
-    return (o["softmax_scale"], o["logits_soft_cap"], o["compute_dtype"], False, o["sliding_window"], None, None, False)
-
-
-def backends_here(platform: str) -> list[Contender]:
-    """Every backend of ours whose chip this is."""
-    from rpa import registry
-
-    return [backend(slot.name) for slot in registry.exists() if platform in slot.chips]

@@ -17,10 +17,16 @@ def bench(
     platform: Annotated[
         list[str] | None, typer.Option(help="Only this backend: xla, triton, pallas. May be given again.")
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Time this kernel: module:function, as `rpa fuzz run` takes it. May repeat."),
+    ] = None,
     only: Annotated[str, typer.Option(help="Only cells whose name contains this text, or matches it.")] = "",
     peers: Annotated[bool, typer.Option(help="Also time the peers that are installed.")] = True,
     history: Annotated[list[Path] | None, typer.Option(help="Earlier records for the page's history.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record at --json.")] = False,
+    budget: Annotated[str | None, typer.Option(help="Begin nothing past this: 90s, 10m. --resume goes on.")] = None,
+    patience: Annotated[float, typer.Option(help="Seconds of silence after which a kernel is taken to hang.")] = 120.0,
 ) -> None:
     """Benchmark verified cases on this machine's device, against its measured ceilings.
 
@@ -28,5 +34,8 @@ def bench(
     3 nothing was timed.
     """
     from fuzz.bench import session
+    from fuzz.commands.search import _seconds
 
-    raise typer.Exit(session.main(json, html, compare, platform or [], only, peers, history or [], resume))
+    options = session.Options(json, html, compare, tuple(platform or ()), tuple(target or ()), only, peers,
+                              tuple(history or ()), resume, _seconds(budget), patience)  # fmt: skip
+    raise typer.Exit(session.main(options))

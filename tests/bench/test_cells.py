@@ -11,7 +11,7 @@ from functools import cache
 import jax
 import pytest
 
-from fuzz.bench import arrays, cells, run
+from fuzz.bench import arrays, cells, ours, run
 
 CHIP = jax.devices()[0].platform.replace("cuda", "gpu")
 SMALLEST = min(cells.cells_for(CHIP), key=lambda cell: cell.flops).name
@@ -23,12 +23,12 @@ def batch_of(name: str) -> arrays.Batch:
     return arrays.make(cell, cache_bytes=0)
 
 
-@pytest.mark.parametrize("backend", [contender.name for contender in run.backends_here(CHIP)])
+@pytest.mark.parametrize("backend", [contender.name for contender in ours.backends_here(CHIP)])
 @pytest.mark.parametrize("cell", [cell.name for cell in cells.cells_for(CHIP)])
 def test_cell(cell: str, backend: str, benchmark, request) -> None:
     if cell != SMALLEST and not request.config.getoption("--benchmark-only"):
         pytest.skip("timed on request: --benchmark-only")
-    contender, batch = run.backend(backend), batch_of(cell)
+    contender, batch = ours.backend(backend), batch_of(cell)
     reason = contender.unsupported(batch)
     if reason:
         pytest.skip(f"{backend} declares: {reason}")
