@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -11,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz.bench.cells import Cell
+from fuzz.bench.cells import Cell, cells_for, decode, prefill
+from fuzz.models import MODELS
 
 _CACHE_BYTES = 64 << 20  # no GPU's last-level cache is larger by much: batches rotate past it
 _EXCLUSIVE: Any = nullcontext()  # a lock, in processes that share one device
@@ -28,8 +31,22 @@ class Outcome:
 
 
 def distinct(cells: Sequence[Cell]) -> list[Cell]:
-    """The first cell of each key: what serves one serves all."""
-    return list({_likeness(cell): cell for cell in reversed(cells)}.values())[::-1]
+    """The first cell of each key, in order: what serves one serves all."""
+    first: dict[tuple, Cell] = {}
+    for cell in cells:
+        first.setdefault(_likeness(cell), cell)
+    return list(first.values())
+
+
+def cells_to_tune(platform: str) -> list[Cell]:
+    """The benchmarks' cells, most valuable first, and on a GPU a decode and a prefill of each preset they leave out."""
+    cells = cells_for(platform)
+    covered = {(cell.model.name, cell.layer.name) for cell in cells}
+    for model in MODELS.values() if platform == "gpu" else ():
+        for layer in model.layers:
+            if model.name != "tiny" and (model.name, layer.name) not in covered:
+                cells += [decode(model.name, layer.name, 64, 8192), prefill(model.name, layer.name, 1, 8192)]
+    return cells
 
 
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
@@ -52,8 +69,12 @@ def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: 
 
 
 def _share(lock: Any) -> None:
+    """Make a worker: it takes turns by `lock`, and does not outlive a run that was killed."""
     global _EXCLUSIVE
     _EXCLUSIVE = lock
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _likeness(cell: Cell) -> tuple:
@@ -70,7 +91,8 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     from rpa.tune import TuningFailed
 
     cell, platform, iters, end, waiting = job
-    left = end - time.monotonic()
+    begin = time.monotonic()
+    left = end - begin
     if left <= 0:
         return Outcome(cell.name, "no time was left")
     query, turns = query_of(cell, platform)
@@ -82,14 +104,15 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     except TuningFailed as error:
         return Outcome(cell.name, f"no usable config\n{error}")
     report = tuner.history[-1]
+    told = f"{time.monotonic() - begin:.0f} s; {summary(report)}"
     if not report.decided:  # stored, it would keep later runs from looking further
-        return Outcome(cell.name, f"undecided: too little time to compare; {summary(report)}")
+        return Outcome(cell.name, f"undecided: too little time to compare; {told}")
     note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
     stored = {"|".join(query.triple): _entry(winner, note)}
     # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.
     own, _ = query.fit(RaggedPageAttentionv2Config(platform=winner.platform))
     shipped = RaggedPageAttentionv2Config(platform=winner.platform) if winner == own else winner
-    return Outcome(cell.name, summary(report), stored, {f"{query.op}|{query.stems[0]}": _entry(shipped, note)})
+    return Outcome(cell.name, told, stored, {f"{query.op}|{query.stems[0]}": _entry(shipped, note)})
 
 
 def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:

@@ -17,6 +17,7 @@ import jax
 from rpa.program import Program
 
 VERIFIERS = "rpa.verifier"  # the entry point group in which a judge is found
+_LEAST = 4  # rounds that show what is noise
 _EXHAUSTED = ("resource_exhausted", "out of resource", "outofresources", "shared memory", "too many resources")
 
 # A verifier says why a program's output for some arguments is wrong, or None.
@@ -153,17 +154,20 @@ class Tuner:
         return ("timed", "") if wrong is None else ("wrong", wrong)
 
     def _time(self, alive: list[Trial], args: tuple, kwargs: dict, started: float) -> None:
-        """Rounds in which every candidate has its turn; one at half the best's speed is given up."""
+        """Rounds in which every candidate has its turn; who is far behind, ever less far, is given up."""
         rounds, calls = _split(self.iters)
         turns: Sequence[tuple[Any, ...]] = self.turns or [args]
+        quickest = min(trial.warm for trial in alive)
+        alive = [alive[0], *(trial for trial in alive[1:] if trial.warm <= 2 * quickest)]
         for done in self.progress(range(rounds), "timing"):
-            if done and self.clock() - started > self.budget:
+            if done >= _LEAST and self.clock() - started > self.budget:
                 return
             batches = [turns[(done * calls + i) % len(turns)] for i in range(calls)]
             for trial in alive:
                 trial.seconds.append(self._sample(trial.program, batches, kwargs))
             fastest = min(trial.median for trial in alive)
-            alive = [alive[0], *(trial for trial in alive[1:] if trial.median < 2 * fastest)]
+            behind = fastest * (1 + 1 / (done + 1))
+            alive = [alive[0], *(trial for trial in alive[1:] if trial.median < behind)]
 
     def _warm(self, trial: Trial, args: tuple[Any, ...], kwargs: dict[str, Any], limit: float) -> Any:
         """The output after the warm-up; None where its first round already takes longer than `limit` seconds."""
@@ -204,7 +208,7 @@ def _gain(first: Trial, best: Trial) -> tuple[float, float]:
     """How much slower the first is, relative, and the noise of that: compared round by round, free of drift."""
     pairs = zip(first.seconds, best.seconds, strict=False)
     ratios = [a / b for a, b in pairs if a > 0 and b > 0] or [1.0]  # a clock may stand still or be set back
-    if len(ratios) < 4:
+    if len(ratios) < _LEAST:
         return statistics.median(ratios) - 1, max(ratios) - min(ratios)
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle - 1, high - low

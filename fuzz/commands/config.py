@@ -127,12 +127,11 @@ def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers:
     from rich.progress import Progress
 
     from fuzz import tuning
-    from fuzz.bench.cells import cells_for
     from rpa.device import current
     from rpa.validate import platform_of
 
     platform_of(platform)
-    known = cells_for(current().platform)
+    known = tuning.cells_to_tune(current().platform)
     cells = tuning.distinct([cell for cell in known if all(text in cell.name for text in only)])
     if not cells:
         kinds = ", ".join(dict.fromkeys("/".join(cell.name.split("/")[:2]) for cell in known))
