@@ -96,8 +96,8 @@ class Scratch(NamedTuple):
     q: jax.Ref  # [2, N, D], of this item and the next
     k: jax.Ref  # [stages, block, D], as stored
     v: jax.Ref  # [stages, block, D]
-    wide: jax.Ref  # [block, D], keys or values of narrow pages, converted
-    half: jax.Ref  # [N, D], bfloat16 queries of narrow pages, converted
+    wide: Any  # [block, D], keys or values of narrow pages, converted; else nothing
+    half: Any  # [N, D], bfloat16 queries of narrow pages, converted; else nothing
     p: jax.Ref  # [N, block], weights on their way back into a product
     out: jax.Ref  # [N, D], a final answer on its way out
     lse: jax.Ref  # [N]
@@ -124,13 +124,13 @@ class Outputs(NamedTuple):
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     n, d, dtype = shape.columns, shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
-    ring, none = functools.partial(plgpu.Barrier, num_barriers=tiling.stages), plgpu.SMEM((n,), jnp.float32)
+    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     return Scratch(
         q=smem((2, n, d), dtype),
         k=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
         v=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
-        wide=smem((tiling.block, d), shape.operands) if shape.stored else none,
-        half=smem((n, d), shape.operands) if shape.operands != dtype else none,
+        wide=smem((tiling.block, d), shape.operands) if shape.stored else (),
+        half=smem((n, d), shape.operands) if shape.operands != dtype else (),
         p=smem((n, tiling.block), shape.operands, like=d),
         out=plgpu.SMEM((n, d), jnp.dtype(dtype)),
         lse=plgpu.SMEM((n,), jnp.float32),
