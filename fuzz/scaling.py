@@ -145,7 +145,7 @@ def main() -> None:
             judged = verdict(step, output, arguments)
             bits = bool(np.array_equal(np.asarray(output).view(np.uint16), np.asarray(alone).view(np.uint16)))
             rows.append({"step": step.name, "devices": count, "one_us": one * 1e6, "us": seconds * 1e6,
-                         "speedup": one / seconds, "oracle": judged, "bits_of_one": bits})  # fmt: skip
+                         "speedup": one / seconds, "efficiency": one / seconds / count, "oracle": judged, "bits_of_one": bits})  # fmt: skip
             times = f"{count} devices {seconds * 1e6:.1f} us, one {one * 1e6:.1f} us"
             gain = f"{one / seconds:.2f}x, efficiency {one / seconds / count:.0%}"
             same = "the bits of one device" if bits else "other bits than one device"
@@ -154,9 +154,11 @@ def main() -> None:
             count *= 2
         for devices, hosts in ((4, 1), (8, 1), (64, 8)):
             seconds = estimate(step, one, devices, hosts, extra)
-            rows.append({"step": step.name, "devices": devices, "us": seconds * 1e6, "speedup": one / seconds,
-                         "estimate": True})  # fmt: skip
-            print(f"  estimate on {devices}: {seconds * 1e6:.1f} us, {one / seconds:.2f}x", flush=True)
+            gain = one / seconds
+            rows.append({"step": step.name, "devices": devices, "us": seconds * 1e6, "speedup": gain,
+                         "efficiency": gain / devices, "estimate": True})  # fmt: skip
+            told = f"{seconds * 1e6:.1f} us, {gain:.2f}x, efficiency {gain / devices:.0%}"
+            print(f"  estimate on {devices}: {told}", flush=True)
         if chosen.json:
             with open(chosen.json, "w", encoding="utf-8") as file:
                 json.dump(rows, file, indent=1)

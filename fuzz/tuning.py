@@ -39,14 +39,13 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_to_tune(platform: str) -> list[Cell]:
-    """The benchmarks' cells, most valuable first, and on a GPU a decode and a prefill of each preset they leave out."""
-    cells = cells_for(platform)
+    """On a GPU a decode and a prefill of each preset that has no benchmark, then the benchmarks' cells, in order."""
+    cells, added = cells_for(platform), []
     covered = {(cell.model.name, cell.layer.name) for cell in cells}
-    for model in MODELS.values() if platform == "gpu" else ():
-        for layer in model.layers:
-            if model.name != "tiny" and (model.name, layer.name) not in covered:
-                cells += [decode(model.name, layer.name, 64, 8192), prefill(model.name, layer.name, 1, 8192)]
-    return cells
+    presets = {(model.name, layer.name) for model in MODELS.values() if model.name != "tiny" for layer in model.layers}
+    for preset in sorted(presets - covered) if platform == "gpu" else ():
+        added += [decode(*preset, 64, 8192), prefill(*preset, 1, 8192)]
+    return added + cells
 
 
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:
@@ -112,7 +111,7 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.
     own, _ = query.fit(RaggedPageAttentionv2Config(platform=winner.platform))
     shipped = RaggedPageAttentionv2Config(platform=winner.platform) if winner == own else winner
-    return Outcome(cell.name, told, stored, {f"{query.op}|{query.stems[0]}": _entry(shipped, note)})
+    return Outcome(cell.name, told, stored, {f"{query.op}|{query.stem}": _entry(shipped, note)})
 
 
 def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:

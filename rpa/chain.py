@@ -70,17 +70,21 @@ def policy_override(selector: Any = None, /, **changes: Any) -> Iterator[None]:
 # ------------------------------------------------------------------ the stages
 
 
+Lookup = tuple[Any | None, str]  # a config or None, and the reason
+
+
 @dataclass(frozen=True)
 class Query:
     """What selection has to know about one call."""
 
     op: str
     device: Device
-    stems: tuple[str, ...]  # the readable key before versions, then those whose shipped config serves this call too
+    stem: str  # the readable key, before versions
     heuristic: Callable[[], Any]
     candidates: Callable[[], Sequence[Any]]
     program: Callable[[Any], Callable[..., Any]]  # what a candidate would run
     args: tuple[Any, ...] = ()
+    shipped: Callable[[], Lookup] = lambda: (None, "nothing ships for it")  # what the package itself knows
     explicit: Any | None = None
     untunable: Callable[[Any], str | None] = lambda tuner: None  # why this tuner may not tune on this call
     # The form in which a stored config can be used here, or None and why it cannot.
@@ -90,7 +94,7 @@ class Query:
     def triple(self) -> Triple:
         """The key of every store: device, operation, and the stem with the versions a tuned config depends on."""
         versions = (f"{name}={version}" for name, version in cache.versions().items())
-        return fingerprint(self.device), self.op, " ".join([self.stems[0], *versions])
+        return fingerprint(self.device), self.op, " ".join([self.stem, *versions])
 
     def contenders(self) -> list[Any]:
         """What a tuner tries, the heuristic first: it is the one to beat."""
@@ -107,8 +111,6 @@ class Found:
     reason: str
     trail: tuple[tuple[str, str], ...]
 
-
-Lookup = tuple[Any | None, str]  # a config or None, and the reason
 
 _EVENTS = {"explicit": "override", "overlay": "overlay_hit", "autotune": "autotune_finish", "heuristic": "heuristics"}
 
@@ -183,7 +185,7 @@ class ConfigSelectorChain:
                 return Found(config, stage, reason, tuple(trail))
         self._announce("error", query, cfg=None, reason="no_config")
         answers = "".join(f"\n  {stage}: {reason}" for stage, reason in trail)
-        raise RuntimeError(f"no config for {query.op} {query.stems[0]}:{answers}")
+        raise RuntimeError(f"no config for {query.op} {query.stem}:{answers}")
 
     # Each stage answers with a config or None, and why.
 
@@ -202,13 +204,8 @@ class ConfigSelectorChain:
         return _fitting(query, self.persistent.get(*query.triple), f"{self.persistent.path} holds it")
 
     def _shipped(self, query: Query) -> Lookup:
-        device = fingerprint(query.device)
-        table = cache.shipped(device)
-        name = next((name for stem in query.stems if (name := f"{query.op}|{stem}") in table), None)
-        if name is None:
-            return None, f"the tables that ship hold nothing for it on {device}"
-        found = cache.config_of(table[name], f"the table that ships for {device}: {name!r}")
-        return _fitting(query, found, f"it ships: {table[name].get('note', '')}" if found else "")
+        found, reason = query.shipped()
+        return _fitting(query, found, reason) if found is not None else (None, reason)
 
     def _why_not_tune(self, query: Query) -> str | None:
         policy, accelerator = self.policy, query.device.accelerator
@@ -238,7 +235,7 @@ class ConfigSelectorChain:
             best = self.tuner.autotune(query.program, query.args, {}, candidates)
         except TuningFailed as error:
             self._failed.add(query.triple)
-            warnings.warn(f"tuning {query.stems[0]} found no usable config:\n{error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"tuning {query.stem} found no usable config:\n{error}", RuntimeWarning, stacklevel=2)
             return None, "tuning it failed"
         history = getattr(self.tuner, "history", None)  # somebody else's tuner may keep none
         reason = history[-1].reason if history else "tuned just now"

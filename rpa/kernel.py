@@ -112,7 +112,7 @@ class Kernel[Config, Output]:
         return Query(
             op=f"{self.op_id}@{self.version}",
             device=device,
-            stems=(inv.make_key(self.key_builder),),
+            stem=inv.make_key(self.key_builder),
             heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
             candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
             program=program,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from rpa import cache, registry, settings, tune
 from rpa.cache import PersistentCache, Triple
-from rpa.chain import ConfigSelectorChain, Found, Query
+from rpa.chain import ConfigSelectorChain, Found, Lookup, Query
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.device import Device
+from rpa.device import Device, fingerprint
 from rpa.program import Program
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
@@ -128,7 +128,8 @@ def query_of(
     return Query(
         op=f"{registry.ALGORITHM}@0",
         device=device,
-        stems=(stem(signature, platform, sharding), *_stems_of_likes(signature)),
+        stem=stem(signature, platform, sharding),
+        shipped=lambda: _nearest(cache.shipped(fingerprint(device)), stem(signature, "auto", "none")),
         heuristic=lambda: own_choice(registry.able(platform, signature, device)[0]),
         candidates=candidates,
         program=program,
@@ -187,11 +188,42 @@ def stem(signature: Signature, platform: str, sharding: str) -> str:
     return " ".join([platform, *(f"{name}={value}" for name, value in told.items() if value is not None), *flags])
 
 
-def _stems_of_likes(signature: Signature) -> Iterator[str]:
-    """The call's own, then those of as many tokens in pages of other sizes, nearest first: GPU blocks are in tokens."""
-    sizes = {signature.page_size, 16, 32, 64, 128, 256}
-    for page in sorted(sizes, key=lambda size: abs(math.log(size / signature.page_size))):
-        yield stem(replace(signature, page_size=page, pages_per_seq=-(-signature.capacity // page)), "auto", "none")
+def _nearest(table: Mapping[str, Any], stem: str) -> Lookup:
+    """The config that ships for calls like this one, and the reason.
+
+    An entry for as many tokens in pages of another size serves as it is, since GPU blocks are in tokens; one for other
+    sizes of the same model names the backend, and leaves the block sizes to it.
+    """
+    far, key = min(((_distance(stem, key.partition("|")[2]), key) for key in table), default=(math.inf, ""))
+    if far == math.inf:
+        return None, "the tables that ship hold nothing like it for this device"
+    config = cache.config_of(table[key], f"the table that ships: {key!r}")
+    if config is None or far < 1:
+        return config, f"it ships: {table[key].get('note', '')}"
+    return RaggedPageAttentionv2Config(platform=config.platform), f"the nearest that ships is {key.partition('|')[2]}"
+
+
+def _distance(one: str, other: str) -> float:
+    """How far apart two calls stand, in doublings of their sizes; infinite where anything else differs."""
+    (sizes, rest), (others, others_rest) = _parsed(one), _parsed(other)
+    if rest != others_rest or sizes.keys() != others.keys():
+        return math.inf
+    # A page's size is worth less than anything else, as long as it holds no more tokens in all.
+    return sum(abs(sizes[name] - others[name]) / (64 if name == "page" else 1) for name in sizes)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(stem: str) -> tuple[dict[str, float], frozenset[str]]:
+    """The sizes that a key tells, as powers of two, and the rest of it."""
+    sizes, rest = {}, set()
+    for word in stem.split():
+        name, _, value = word.partition("=")
+        if name in ("tokens<", "seqs<", "pages<", "page", "window<"):
+            sizes[name] = math.log2(int(value))
+        else:
+            rest.add(word)
+    sizes["pages<"] += sizes["page"]  # from pages to tokens
+    return sizes, frozenset(rest | {"decode"} if sizes["tokens<"] <= sizes["seqs<"] else rest)
 
 
 def _bucket(count: int) -> int:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from fuzz import tuning
 from fuzz.commands import config
+from fuzz.models import MODELS
 from rpa import PersistentCache, RaggedPageAttentionv2Config
 from rpa.select import STORE
 
@@ -132,6 +133,14 @@ def test_what_was_tuned_before_an_interrupt_is_stored(monkeypatch):
     code, text = _rpa("tune", "--only", "tiny.full/b4x")
     assert (code, "first: tuned: 1.0 us" in text) == (130, True), text
     assert PersistentCache(STORE).get("H200", "op@0", "tokens<=8") == CFG
+
+
+def test_on_a_gpu_every_preset_is_tuned_and_no_key_twice():
+    cells = tuning.distinct(tuning.cells_to_tune("gpu"))
+    presets = {(m.name, entry.name) for m in MODELS.values() for entry in m.layers if m.name != "tiny"}
+    assert {(cell.model.name, cell.layer.name) for cell in cells} == presets
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert [cell.name for cell in tuning.distinct([*cells, *cells])] == [cell.name for cell in cells]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from dataclasses import replace
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import small_call
 
+from fuzz.models import MODELS
 from rpa import (
     Backend,
     KernelSpec,
     Platform,
     RaggedPageAttentionv2Config,
+    cache,
     detect_platform,
     explain,
     kernel_registry,
@@ -300,6 +303,65 @@ def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
     large = replace(decode, page_size=256, pages_per_seq=32)  # the same tokens; no table holds pages of 256
     assert select.choose(large, H200, "auto", None).source == "shipped"
     assert select.choose(decode, Device("gpu", "NVIDIA A100", (8, 0)), "auto", None).source == "heuristic"
+
+
+def _told(table: dict[str, dict], signature, monkeypatch) -> select.Choice:
+    monkeypatch.setattr(registry, "load", lambda name: replace(_XLA, name=name, supports=lambda *_: None))
+    entries = {f"{ALGORITHM}@0|{key}": {"config": config, "note": "42 us"} for key, config in table.items()}
+    monkeypatch.setattr(cache, "shipped", lambda kind: entries)
+    return select.choose(signature, H200, "auto", None)
+
+
+def test_the_nearest_entry_that_ships_serves_calls_of_other_sizes_by_its_backend_alone(monkeypatch):
+    decode = replace(registry.TYPICAL, num_tokens=64, max_seqs=64, pages_per_seq=512)
+    prefill = replace(decode, num_tokens=4096)
+    table = {
+        select.stem(decode, "auto", "none"): {"platform": "pallas", "num_queries_per_block": 32},
+        select.stem(replace(decode, max_seqs=256, num_tokens=256), "auto", "none"): {"platform": "xla"},
+        select.stem(prefill, "auto", "none"): {"platform": "triton", "num_queries_per_block": 64},
+    }
+    own = _told(table, decode, monkeypatch)
+    assert (own.config.platform, own.config.num_queries_per_block, own.reason[:17]) == (
+        "pallas",
+        32,
+        "it ships: 42 us; ",
+    )
+    paged = replace(decode, page_size=64, pages_per_seq=128)  # as many tokens
+    assert _told(table, paged, monkeypatch).config == own.config
+    for other, platform in (
+        (replace(decode, num_tokens=32, max_seqs=32), "pallas"),
+        (replace(decode, num_tokens=200, max_seqs=200, pages_per_seq=64), "xla"),
+        (replace(decode, num_tokens=2048, pages_per_seq=8), "triton"),  # no decode
+    ):
+        near = _told(table, other, monkeypatch)
+        assert near.config == _XLA.heuristic(other, H200).replace(platform=platform)
+        assert (near.source, near.reason[:24]) == ("shipped", "the nearest that ships i")
+    for other in (
+        replace(decode, head_dim=64), replace(decode, sinks=True), replace(decode, kv_dtype="int8"),
+        replace(decode, sliding_window=128), replace(decode, return_lse=True), replace(decode, num_kv_heads=4),
+    ):  # fmt: skip
+        assert _told(table, other, monkeypatch).source == "heuristic"
+    assert _told({}, decode, monkeypatch).source == "heuristic"
+
+
+@pytest.mark.parametrize(
+    "layer", [(m, entry) for m in MODELS.values() for entry in m.layers if m.name != "tiny"],
+    ids=lambda layer: f"{layer[0].name}.{layer[1].name}",
+)  # fmt: skip
+def test_a_first_call_on_an_h200_is_served_by_what_ships(layer, monkeypatch):
+    monkeypatch.setattr(registry, "load", lambda name: replace(_XLA, name=name, supports=lambda *_: None))
+    model, kind = layer
+    if not any(f"{model.name}.{kind.name}/" in entry["note"] for entry in cache.shipped("NVIDIA H200").values()):
+        pytest.skip("no run of `rpa tune` on an H200 has reached this preset yet")
+    for (seqs, page), (rows, tokens) in itertools.product(
+        itertools.product((1, 48, 256), (16, 64, 256)), itertools.product((1, 2048), (8192, 131072))
+    ):
+        call = replace(
+            registry.TYPICAL, num_tokens=seqs * rows, num_q_heads=model.num_q_heads, head_dim=model.head_dim,
+            page_size=page, num_kv_heads=model.num_kv_heads, max_seqs=seqs, pages_per_seq=tokens // page,
+            sinks=kind.sinks, logits_soft_cap=kind.logits_soft_cap, sliding_window=kind.sliding_window,
+        )  # fmt: skip
+        assert select.choose(call, H200, "auto", None).source == "shipped"
 
 
 def test_detection_of_a_platform_without_kernel_is_an_error():

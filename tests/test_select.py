@@ -22,7 +22,6 @@ from rpa import (
     PersistentCache,
     RaggedPageAttentionv2Config,
     Tuner,
-    cache,
     explain,
     kernel_registry,
     overlay_cache,
@@ -67,7 +66,7 @@ GPU = Device("gpu", "chip")
 
 def _query(**changes) -> Query:
     plain = Query(
-        op="op@0", device=GPU, stems=("tokens<=8",), heuristic=lambda: CFGS["heuristic"], candidates=list,
+        op="op@0", device=GPU, stem="tokens<=8", heuristic=lambda: CFGS["heuristic"], candidates=list,
         program=lambda config: lambda: config,
     )  # fmt: skip
     return replace(plain, **changes)
@@ -79,7 +78,7 @@ def _chain(tmp_path, tuner=None, **changes) -> ConfigSelectorChain:
 
 
 @pytest.mark.parametrize("first", STAGES)
-def test_the_first_stage_that_knows_decides(first, tmp_path, monkeypatch):
+def test_the_first_stage_that_knows_decides(first, tmp_path):
     events = []
     chain = _chain(tmp_path, on_event=lambda name, **details: events.append((name, details.get("level"))))
     query = _query()
@@ -91,8 +90,8 @@ def test_the_first_stage_that_knows_decides(first, tmp_path, monkeypatch):
     if "persistent" in has:
         assert chain.persistent is not None
         chain.persistent.put(*query.triple, CFGS["persistent"])
-    table = {"op@0|tokens<=8": {"config": CFGS["shipped"].to_dict(), "note": "measured"}} if "shipped" in has else {}
-    monkeypatch.setattr(cache, "shipped", lambda kind: table)
+    if "shipped" in has:
+        query = replace(query, shipped=lambda: (CFGS["shipped"], "measured"))
     if "autotune" not in has:
         chain = _chain(tmp_path, policy=AutotunePolicy(allow_autotune=False), on_event=chain.on_event)
     with overlay_cache({query.triple: CFGS["overlay"]} if "overlay" in has else {}):
