@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from fuzz.bench import loud
 from fuzz.bench.cells import Cell
 from oracle import Case, Claim
 from oracle.bound import Analysis, analyse
 from oracle.claim import default_claim
 
 POOL_BYTES = 8 << 30
-JUDGED, JUDGED_AGAIN = 64, 8  # slices of one row and one kv head: before the timing, and after it
+# Slices of one row and one kv head, and their seed: before the timing, and after it.
+_JUDGEMENTS = ((64, 0), (8, 1))
 JUDGED_KEYS = 512 << 10  # over all judged slices: what the oracle reads in a few seconds
 
 Slice = tuple[slice, slice]  # rows and query heads of an output
@@ -40,12 +42,12 @@ class Batch:
     @cached_property
     def judged(self) -> list[tuple[Slice, Case]]:
         """The small cases that judge this batch before it is timed, the same for every contender."""
-        return list(samples(self, JUDGED))
+        return list(samples(self, *_JUDGEMENTS[0]))
 
     @cached_property
     def judged_again(self) -> list[tuple[Slice, Case]]:
         """Those that judge the last rotation after the timing: other pages, other answers."""
-        return list(samples(self, JUDGED_AGAIN, rotation=len(self.tables) - 1, seed=1))
+        return list(samples(self, *_JUDGEMENTS[1], rotation=len(self.tables) - 1))
 
     def analyses(self, claim: Claim | None) -> tuple[list[Analysis], ...]:
         """The oracle's word on each judged case, once a claim: `judged` and `judged_again`.
@@ -101,20 +103,23 @@ def make(cell: Cell, cache_bytes: int, seed: int = 0) -> Batch:
     total = sum(pages) * rotations
     keys = jax.random.split(jax.random.key(seed), 3)
     q = jax.random.normal(keys[0], (sum(cell.queries), model.num_q_heads, model.head_dim), "float32")
-    kv = _pages(keys[1], (total, page, 2 * model.num_kv_heads, model.head_dim), cell.layer.pages_dtype)
-    sinks = jax.random.normal(keys[2], (model.num_q_heads,), "float32") if cell.layer.sinks else None
-    return Batch(
-        cell, q.astype(cell.layer.dtype), kv, np.asarray(cell.contexts, np.int32),
-        _tables(pages, rotations, total, seed), np.concatenate([[0], np.cumsum(cell.queries)]).astype(np.int32), sinks,
-    )  # fmt: skip
+    shape = (total, page, 2 * model.num_kv_heads, model.head_dim)
+    kv = _pages(keys[1], shape, cell.layer.pages_dtype, max(pages))
+    sinks = loud.sinks(keys[2], cell) if cell.layer.sinks else None
+    q, tables = q.astype(cell.layer.dtype), _tables(pages, rotations, total, seed)
+    offsets = np.concatenate([[0], np.cumsum(cell.queries)]).astype(np.int32)
+    if not cell.layer.quantised:  # whose keys are numbers of scaled steps
+        judged = {row for count, seed in _JUDGEMENTS for row, _ in _chosen(cell, count, seed)}
+        kv = loud.louder(kv, q, cell, tables, np.array(sorted(judged)), seed)
+    return Batch(cell, q, kv, np.asarray(cell.contexts, np.int32), tables, offsets, sinks)
 
 
-def _pages(key, shape: tuple[int, ...], dtype: str):
-    """A pool of random values; past 32 MiB they repeat, in memory of their own."""
+def _pages(key, shape: tuple[int, ...], dtype: str, longest: int):
+    """A pool of random values; past 32 MiB and `longest` pages they repeat, in memory of their own."""
     import jax
     import jax.numpy as jnp
 
-    drawn = min(shape[0], max(1, (16 << 20) // int(np.prod(shape[1:]))))
+    drawn = min(shape[0], max(longest, (16 << 20) // int(np.prod(shape[1:]))))
     some = (drawn, *shape[1:])
     if dtype == "int8":
         values = jax.random.randint(key, some, -127, 128, jnp.int8)
@@ -133,7 +138,7 @@ def _tables(pages: list[int], rotations: int, total: int, seed: int) -> tuple[np
     return tuple(tables)
 
 
-def samples(batch: Batch, count: int, rotation: int = 0, seed: int = 0) -> Iterator[tuple[Slice, Case]]:
+def samples(batch: Batch, count: int, seed: int = 0, rotation: int = 0) -> Iterator[tuple[Slice, Case]]:
     """Cases that judge some slices of a big batch, each with the part of the output, `[rows, heads]`, it speaks of.
 
     By the contract a row at position p is the decode row of the same table with p + 1 keys, and a kv head with its
@@ -141,9 +146,9 @@ def samples(batch: Batch, count: int, rotation: int = 0, seed: int = 0) -> Itera
     """
     cell, queries, take = batch.cell, batch.on_host, _taker()
     group = cell.model.num_q_heads // cell.model.num_kv_heads
-    for row, head in _chosen(batch, count, seed):
-        s = int(np.searchsorted(batch.query_start_loc, row, side="right")) - 1
-        keys = cell.contexts[s] - (int(batch.query_start_loc[s + 1]) - row) + 1
+    sequences, positions = loud.rows_of(cell)
+    for row, head in _chosen(cell, count, seed):
+        s, keys = int(sequences[row]), int(positions[row]) + 1
         used = -(-keys // cell.page_size)
         rows, heads = slice(row, row + 1), slice(head * group, (head + 1) * group)
         # The whole row of the table is fetched: one shape, one compilation for all slices of the batch.
@@ -164,14 +169,15 @@ def _taker() -> Any:
     return jax.jit(lambda kv, pages, head: jax.lax.dynamic_slice_in_dim(kv[pages], 2 * head, 2, axis=2))
 
 
-def _chosen(batch: Batch, count: int, seed: int) -> list[tuple[int, int]]:
+def _chosen(cell: Cell, count: int, seed: int) -> list[tuple[int, int]]:
     """(row, kv head): the first and last rows of some sequences and rows at random, with the heads in turn."""
-    offsets, heads = batch.query_start_loc, batch.cell.model.num_kv_heads
+    sequences, positions = loud.rows_of(cell)
+    ends = np.flatnonzero(np.diff(sequences, prepend=-1, append=-1))
+    edges = np.unique(np.concatenate([ends[:-1], ends[1:] - 1]))
     random = np.random.default_rng(seed)
-    edges = np.concatenate([offsets[:-1], offsets[1:] - 1])
-    edges = random.permutation(np.unique(edges))[: count // 2]
-    rows = random.permutation(np.concatenate([edges, random.integers(0, offsets[-1], count - len(edges))]))
-    turn = random.permutation(heads)
-    chosen = list(dict.fromkeys((int(row), int(turn[i % heads])) for i, row in enumerate(rows)))
-    keys = [batch.cell.contexts[int(np.searchsorted(offsets, row, side="right")) - 1] for row, _ in chosen]
-    return sorted(chosen[: max(1, int(np.searchsorted(np.cumsum(keys), JUDGED_KEYS, side="right")))])
+    edges = random.permutation(edges)[: count // 2]
+    rows = random.permutation(np.concatenate([edges, random.integers(0, len(sequences), count - len(edges))]))
+    turn = random.permutation(cell.model.num_kv_heads)
+    chosen = list(dict.fromkeys((int(row), int(turn[i % len(turn)])) for i, row in enumerate(rows)))
+    keys = np.cumsum([positions[row] + 1 for row, _ in chosen])
+    return sorted(chosen[: max(1, int(np.searchsorted(keys, JUDGED_KEYS, side="right")))])
