@@ -283,10 +283,10 @@ class Campaign:
     def _judged(self, worker: int, plan: Plan, report: dict[str, Any]) -> None:
         failed = report["status"] in ("fail", "suspect")
         waiver = self.ledger.excuses(plan, failed, report["kind"])
-        before = len(self.tally.coverage.seen)
+        before = self.tally.coverage.pairs
         self._case(worker, plan, report, waived=str(waiver) if waiver and failed else None)
         self.promised[worker] = max(0, self.promised.get(worker, 0) - 1)
-        worth_sharing = (failed and not waiver) or len(self.tally.coverage.seen) - before >= 40
+        worth_sharing = (failed and not waiver) or self.tally.coverage.pairs - before >= 40
         if worth_sharing and plan not in self.shared:
             self.shared.add(plan)
             corpus.save(self.store, self.settings.target, plan)

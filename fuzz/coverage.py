@@ -112,6 +112,29 @@ _FEATURES: tuple[Feature, ...] = tuple((axis, value) for axis, values in AXES.it
 _PLACE = {axis: i for i, axis in enumerate(AXES)}
 
 
+_ID = {feature: i for i, feature in enumerate(_FEATURES)}
+
+
+def _bits(mask: int) -> list[int]:
+    """The features of a set."""
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
+@lru_cache(maxsize=1)
+def _partners() -> tuple[int, ...]:
+    """Of each feature, those that may stand beside it."""
+    partners = [0] * len(_FEATURES)
+    for a, b in valid_pairs():
+        partners[_ID[a]] |= 1 << _ID[b]
+        partners[_ID[b]] |= 1 << _ID[a]
+    return tuple(partners)
+
+
 def _order(feature: Feature) -> tuple[int, int]:
     return _PLACE[feature[0]], AXES[feature[0]].index(feature[1])
 
@@ -161,41 +184,58 @@ _IMPOSSIBLE = (
 
 
 class Coverage:
-    """The pairs seen so far, and how often each feature was judged, with its worst ratio."""
+    """The pairs seen so far, and how often each feature was judged, with its worst ratio.
+
+    Sets of features are integers with a bit each: a campaign counts hundreds of cases a second beside its workers.
+    """
 
     def __init__(self) -> None:
-        self.seen: set[Pair] = set()
-        self.sets: set[frozenset[Feature]] = set()
+        self.beside = [0] * len(_FEATURES)  # of each feature: the valid partners it has been seen with
+        self.pairs = 0  # how many pairs that makes
+        self.sets: set[int] = set()
         self.count: dict[Feature, int] = {}
         self.worst: dict[Feature, float] = {}
 
+    @property
+    def seen(self) -> set[Pair]:
+        """The pairs seen, of those that are valid."""
+        return {pair for pair in valid_pairs() if (self.beside[_ID[pair[0]]] >> _ID[pair[1]]) & 1}
+
     def add(self, plan: Plan, ratio: float | None) -> int:
         """Count a judged plan; how many valid pairs it was the first to have."""
-        found = features(plan)
+        found, mask = features(plan), 0
         for feature in found:
+            mask |= 1 << _ID[feature]
             self.count[feature] = self.count.get(feature, 0) + 1
             if ratio is not None and ratio <= 1:
                 self.worst[feature] = max(self.worst.get(feature, 0.0), ratio)
-        if found in self.sets:
+        return self._add(mask)
+
+    def _add(self, mask: int) -> int:
+        if mask in self.sets:
             return 0
-        self.sets.add(found)
-        new = (pairs(found) & valid_pairs()) - self.seen
-        self.seen |= new
-        return len(new)
+        self.sets.add(mask)
+        before = self.pairs
+        for i in _bits(mask):
+            new = mask & _partners()[i] & ~self.beside[i]
+            self.beside[i] |= new
+            self.pairs += (new >> i).bit_count()  # a pair counts at its first feature
+        return self.pairs - before
 
     def share(self, barred: Set[tuple[Feature, ...]] = frozenset()) -> tuple[int, int]:
         """(pairs seen, pairs possible), leaving out what a target does not take: features alone, and pairs of them."""
-        wanted = [p for p in valid_pairs() if p in self.seen or not _within(p, barred)] if barred else valid_pairs()
-        return len(self.seen), len(wanted)
+        if not barred:
+            return self.pairs, len(valid_pairs())
+        seen = self.seen
+        return len(seen), sum(pair in seen or not _within(pair, barred) for pair in valid_pairs())
 
     def triple_share(self, barred: Set[tuple[Feature, ...]] = frozenset()) -> tuple[int, int]:
         """(triples seen, triples possible), by matrix products: one row a feature set, one column a feature."""
-        columns = {feature: i for i, feature in enumerate(_FEATURES)}
-        table = np.zeros((len(self.sets), len(columns)), np.float32)
+        table = np.zeros((len(self.sets), len(_FEATURES)), np.float32)
         for row, found in enumerate(self.sets):
-            table[row, [columns[feature] for feature in found]] = 1
-        together = [(table[table[:, i] > 0].T @ table[table[:, i] > 0]) > 0 for i in range(len(columns))]
-        tried = [bool(together[columns[a]][columns[b], columns[c]]) for a, b, c in valid_triples()]
+            table[row, _bits(found)] = 1
+        together = [(table[table[:, i] > 0].T @ table[table[:, i] > 0]) > 0 for i in range(len(_FEATURES))]
+        tried = [bool(together[_ID[a]][_ID[b], _ID[c]]) for a, b, c in valid_triples()]
         valid = [seen or not _within(t, barred) for seen, t in zip(tried, valid_triples(), strict=True)]
         return sum(tried), sum(valid)
 

@@ -132,7 +132,7 @@ def page(
     return environment.get_template("report.html.j2").render(
         s=whole, headline=words, colour=colour, versions=versions(), tiles=_tiles(whole), failures=failures,
         ratios=[(axis.replace("_", " "), Markup(plot)) for axis, plot in _ratio_plots(tally)],
-        coverage=Markup(plots.matrix(tally.coverage.seen)) if tally.coverage.seen else None,
+        coverage=Markup(plots.matrix(tally.coverage.seen)) if tally.coverage.pairs else None,
         triples=triples, never=_in_words(whole.get("never_taken", {})), **(_kill_parts(kills) if kills else {}),
     )  # fmt: skip
 

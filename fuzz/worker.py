@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import target as maximise
 
+from fuzz.ahead import Ahead
 from fuzz.build import build
 from fuzz.corpus import read_lines
 from fuzz.judge import Judgement, judge_plan, judge_rejections
@@ -27,10 +28,13 @@ from fuzz.strategies import LITTER, litters
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
-FIRST_SHAPES, CASES_A_SHAPE = 12, 450  # with the relations that compile, 40 compilations in the first 10,000 cases
-SETTLED, CASES_A_LATER_SHAPE = 10_000, 300  # and as many in the next
+# With the relations that compile, 40 compilations in 10,000 cases; and the first case need not wait for many.
+FIRST_SHAPES, CASES_A_SHAPE = 3, 300
+CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
+# Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do
+# so in the case that asked for it.
+COMPILED_AHEAD, AHEAD = ("xla",), 4
 MOST_SHAPES = 1000
-CASES_A_CHEAP_SHAPE = 25  # for a target that compiles nothing
 FEW_ROWS, FEW_TOKENS = 16, 1000  # what an interpreter does in a few seconds
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
 
@@ -61,9 +65,11 @@ class State:
     listening: bool = False
     gaps: dict[Shape, str | None] = field(default_factory=dict)  # why the target does not take a shape
     stream: Stream = field(init=False)
+    ahead: Ahead = field(init=False)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.seed, self.takes)
+        self.ahead = Ahead(lambda shape: self.target.asking(shape.lse).run(build(Plan(shape, ((1, 1),)))))
 
     def offered(self, shape: Shape) -> Shape:
         """A shape of the stream as this target is given it."""
@@ -89,6 +95,7 @@ def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: s
     while (chunk := pipe.recv()) is not None:
         _run(pipe, state, chunk)
         pipe.send(("done", chunk.number))
+    state.ahead.end()
 
 
 def chunk_seed(seed: int, chunk: int) -> int:
@@ -100,12 +107,17 @@ def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
     """The shapes a chunk draws from: this worker's share of those open so far, all of which the target takes."""
     cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
     mine, workers = state.share
-    most = min(MOST_SHAPES, -(-wanted_shapes(judged, cheap) // workers) * workers)
+    each = min(MOST_SHAPES, -(-wanted_shapes(judged, cheap) // workers))
+    ahead = AHEAD if state.target.name in COMPILED_AHEAD else 0
     narrowed = state.stream.narrowed
-    pool = [state.offered(shape) for shape in itertools.islice(state.stream.shapes(), most)]
+    pool = [state.offered(shape) for shape in itertools.islice(state.stream.shapes(), (each + ahead) * workers)]
     if state.stream.narrowed and not narrowed:
         _tell_gaps(state)
-    return tuple(pool[mine::workers] or pool)  # a target of very few shapes: every worker has them all
+    pool = pool[mine::workers] or pool  # a target of very few shapes: every worker has them all
+    if ahead:
+        _listen(state)
+        state.ahead.want(pool)
+    return tuple(pool[:each])
 
 
 def _tell_gaps(state: State) -> None:
@@ -119,10 +131,8 @@ def _tell_gaps(state: State) -> None:
 
 def wanted_shapes(judged: int, cheap: bool = False) -> int:
     """How many shapes are open after so many cases."""
-    if cheap:
-        return FIRST_SHAPES + judged // CASES_A_CHEAP_SHAPE
-    early, late = min(judged, SETTLED), max(0, judged - SETTLED)
-    return FIRST_SHAPES + early // CASES_A_SHAPE + late // CASES_A_LATER_SHAPE
+    first, cases = (CHEAP_SHAPES, CASES_A_CHEAP_SHAPE) if cheap else (FIRST_SHAPES, CASES_A_SHAPE)
+    return first + judged // cases
 
 
 def why_not(shape: Shape, target: Target) -> str | None:
@@ -170,6 +180,7 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     """Judge one plan, telling the parent before and after; shrink a failure of a new sort."""
     state.judged.add(plan)
+    state.ahead.wait(plan.shape)
     pipe.send(("begin", plan))
     began = time.monotonic()
     _listen(state)

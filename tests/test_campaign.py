@@ -20,6 +20,7 @@ from fuzz.commands.search import app
 from fuzz.coverage import valid_pairs
 from fuzz.mutants import score
 from fuzz.plan import Plan
+from fuzz.stream import first_shapes
 
 ROOT = Path(__file__).parents[1]
 KERNELS = """
@@ -175,8 +176,12 @@ def test_pairs_leave_out_what_the_target_does_not_have() -> None:
         pair for pair in valid_pairs() if ("types", "int8") in pair or set(pair) == {("types", "bf16"), ("page", 8)}
     ]
     assert tally.pairs()[1] == everything - len(lost)
-    tally.coverage.seen.add(lost[0])  # somebody shared a case that has it
-    assert tally.pairs() == (1, everything - len(lost) + 1)
+    shared = Plan(first_shapes(0, 8)[7], ((1, 5),))  # somebody shared a case of int8 pages
+    new = tally.coverage.add(shared, None)
+    assert new == tally.coverage.pairs == len(tally.coverage.seen)
+    found = sum(("types", "int8") in pair for pair in tally.coverage.seen)
+    assert found > 10
+    assert tally.pairs() == (new, everything - len(lost) + found)
 
 
 @pytest.mark.slow
