@@ -145,7 +145,8 @@ def main() -> None:
             judged = verdict(step, output, arguments)
             bits = bool(np.array_equal(np.asarray(output).view(np.uint16), np.asarray(alone).view(np.uint16)))
             rows.append({"step": step.name, "devices": count, "one_us": one * 1e6, "us": seconds * 1e6,
-                         "speedup": one / seconds, "efficiency": one / seconds / count, "oracle": judged, "bits_of_one": bits})  # fmt: skip
+                         "speedup": one / seconds, "efficiency": one / seconds / count, "oracle": judged,
+                         "bits_of_one": bits})  # fmt: skip
             times = f"{count} devices {seconds * 1e6:.1f} us, one {one * 1e6:.1f} us"
             gain = f"{one / seconds:.2f}x, efficiency {one / seconds / count:.0%}"
             same = "the bits of one device" if bits else "other bits than one device"

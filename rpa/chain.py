@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rpa import cache, settings
@@ -172,7 +173,7 @@ class ConfigSelectorChain:
             "memory": self._memory,
             "persistent": self._persistent,
             "shipped": self._shipped,
-            "autotune": self._would_tune if dry else self._autotune,
+            "autotune": partial(self._autotune, dry=dry),
             "heuristic": self._heuristic,
         }
         trail: list[tuple[str, str]] = []
@@ -217,11 +218,8 @@ class ConfigSelectorChain:
             return "tuning it failed earlier in this process"
         return query.untunable(self.tuner)
 
-    def _would_tune(self, query: Query) -> Lookup:
-        return None, self._why_not_tune(query) or "a call outside jit would tune now"
-
-    def _autotune(self, query: Query) -> Lookup:
-        reason = self._why_not_tune(query)
+    def _autotune(self, query: Query, dry: bool) -> Lookup:
+        reason = self._why_not_tune(query) or ("a call outside jit would tune now" if dry else None)
         if reason is not None:
             return None, reason
         with self._tuning:

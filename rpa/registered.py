@@ -50,9 +50,8 @@ def _builtin(slot: Slot) -> KernelSpec:
         arrays, options = (tuple(map(call.pop, kind._fields)) for kind in (Inputs, api.Options))
         inputs, signature = api.prepare(arrays, options, False)
         device = current(inputs.queries)
-        reason = registry.why_not(slot, signature, device)
-        if reason is not None:
-            raise ValueError(registry.refusal(slot.platform, signature, device, {slot.name: reason}))
+        if registry.why_not(slot, signature, device) is not None:
+            raise ValueError(registry.refusal(slot.platform, signature, device))
         config = RaggedPageAttentionv2Config(platform=slot.platform, **call)
         output, lse = compiled(load(slot.name), signature, config, device)(inputs)
         return (output, lse) if signature.return_lse else output

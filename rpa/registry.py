@@ -115,31 +115,25 @@ def resolve(platform: str, signature: Signature, device: Device) -> tuple[Implem
     Raises:
         ValueError: no backend of that platform can take the call; the text gives every backend's reason.
     """
-    wanted = [slot for slot in in_order(signature, device) if platform in ("auto", slot.platform)]
-    reasons, nearly = {}, {}
-    for slot in wanted:
+    because = ["first backend that takes the call" if platform == "auto" else f"platform={platform!r} was asked for"]
+    for slot in in_order(signature, device):
+        if platform not in ("auto", slot.platform):
+            continue
         reason = why_not(slot, signature, device)
         if reason is None:
-            return implementation_of(slot), _because(platform, nearly)
+            return implementation_of(slot), "; not ".join(because)
         if device.platform in slot.chips:  # that a TPU kernel is not for a CPU surprises nobody
-            nearly[slot.name] = reason
-        reasons[slot.name] = reason
-    raise ValueError(refusal(platform, signature, device, reasons))
+            because.append(f"{slot.name}: {reason}")
+    raise ValueError(refusal(platform, signature, device))
 
 
-def _because(platform: str, refused: dict[str, str]) -> str:
-    others = "".join(f"; not {name}: {reason}" for name, reason in refused.items())
-    if platform != "auto":
-        return f"platform={platform!r} was asked for{others}"
-    return f"first backend that takes the call{others}"
-
-
-def refusal(platform: str, signature: Signature, device: Device, reasons: dict[str, str]) -> str:
-    text = f"platform={platform!r} has no kernel for this call on {device.platform} ({device.kind})"
-    everyone = refusals(signature, device)
-    text += "".join(f"\n  {name}: {reason}" for name, reason in (reasons | everyone).items() if reason)
-    takers = sorted({f"platform={slot.platform!r}" for slot in exists() if everyone[slot.name] is None})
-    return f"{text}\nBackends that can take it here: {', '.join(takers) or 'none'}"
+def refusal(platform: str, signature: Signature, device: Device) -> str:
+    """What to say where no kernel of `platform` takes the call: every backend's reason, and who can."""
+    reasons = refusals(signature, device)
+    told = [f"platform={platform!r} has no kernel for this call on {device.platform} ({device.kind})"]
+    told += [f"  {name}: {reason}" for name, reason in reasons.items() if reason]
+    takers = sorted({f"platform={slot.platform!r}" for slot in exists() if reasons[slot.name] is None})
+    return "\n".join([*told, f"Backends that can take it here: {', '.join(takers) or 'none'}"])
 
 
 # One decode step of an everyday model, for questions that are asked without a call.

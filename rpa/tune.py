@@ -75,7 +75,6 @@ class Tuner:
             timed. Without any, a program that makes a claim is not tuned at all.
         margin: the least relative gain that displaces the first candidate; the noise of the samples adds to it.
         budget: seconds for compiling and timing; what does not fit is counted, not tried.
-        progress: wraps the iterable of trials, as `rich.progress.track` does.
         turns: argument tuples of the same shapes, timed in turn where one batch would stay in the device's cache.
         exclusive: makes a context in which the device is this process's alone, where several tune at once.
         clock: seconds, for tests.
@@ -87,7 +86,6 @@ class Tuner:
     verify: Verifier | None = None
     margin: float = 0.02
     budget: float = 60.0
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, text: items
     turns: Sequence[tuple[Any, ...]] = ()
     exclusive: Callable[[], AbstractContextManager[Any]] = nullcontext
     clock: Callable[[], float] = time.perf_counter
@@ -114,7 +112,7 @@ class Tuner:
         """
         started, args = self.clock(), tuple(args)
         trials = [Trial(config) for config in candidates]
-        for trial in self.progress(trials, "judging"):
+        for trial in trials:
             if self.clock() - started > self.budget / 2 and any(other.text for other in trials):
                 trial.status, trial.detail = "out of budget", "no time was left to compile it"
             else:
@@ -159,7 +157,7 @@ class Tuner:
         turns: Sequence[tuple[Any, ...]] = self.turns or [args]
         quickest = min(trial.warm for trial in alive)
         alive = [alive[0], *(trial for trial in alive[1:] if trial.warm <= 2 * quickest)]
-        for done in self.progress(range(rounds), "timing"):
+        for done in range(rounds):
             if done >= _LEAST and self.clock() - started > self.budget:
                 return
             batches = [turns[(done * calls + i) % len(turns)] for i in range(calls)]
