@@ -12,16 +12,17 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from fuzz import corpus
-from fuzz.coverage import AXES, Coverage, Feature
+from fuzz.coverage import AXES
 from fuzz.isolate import Child
 from fuzz.ledger import Ledger, Waiver
 from fuzz.plan import Plan
+from fuzz.tally import Tally, read_record
 from fuzz.worker import Chunk, serve
 
 FIRST_CHUNK, CHUNK = 150, 600
@@ -47,73 +48,8 @@ class Settings:
     reduce: bool = True
 
 
-@dataclass
-class Tally:
-    """What the record holds, as numbers."""
-
-    cases: int = 0
-    seconds: float = 0.0
-    verified: int = 0
-    failed: int = 0
-    vacuous: int = 0
-    waived: int = 0
-    skipped: Counter = field(default_factory=Counter)
-    kinds: Counter = field(default_factory=Counter)
-    worst: float = 0.0
-    compiled: dict[str, int] = field(default_factory=dict)  # by session and worker
-    declined: dict[str, int] = field(default_factory=dict)  # shapes that the target does not take, by its reason
-    barred: set[tuple[Feature, ...]] = field(default_factory=set)  # features, and pairs of them, that it never takes
-    exact: int = 0
-    elements: int = 0  # compared with a finite bound
-    next_chunk: int = 0
-    session: int = 0
-    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    accepted: list[str] = field(default_factory=list)
-    coverage: Coverage = field(default_factory=Coverage)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Count one line of the record."""
-        self.seconds = max(self.seconds, line.get("t", 0.0))
-        self.session = max(self.session, line.get("session", 0))
-        kind = line["line"]
-        if kind == "chunk":
-            self.next_chunk = max(self.next_chunk, line["chunk"] + 1)
-        elif kind == "failure":
-            self.failures[line["id"]] = line
-        elif kind == "gap":
-            self.declined[line["text"]] = line["shapes"]
-        elif kind == "barred":
-            self.barred.update(tuple((axis, value) for axis, value in combination) for combination in line["those"])
-        elif kind == "accepts":
-            self.accepted = line["texts"]
-        elif kind == "case":
-            self._case(line)
-
-    def pairs(self) -> tuple[int, int]:
-        """Pairs of features seen and possible, without those that the target does not take."""
-        return self.coverage.share(self.barred)
-
-    def _case(self, line: dict[str, Any]) -> None:
-        plan, status = Plan.from_json(line["plan"]), line["status"]
-        self.cases += 1
-        self.exact += plan.data == "exact"
-        self.compiled[f"{line['session']}/{line['worker']}"] = line["compiled"]
-        if status == "skipped":
-            self.skipped[line["text"]] += 1
-            return
-        ratio = line["ratio"]
-        self.elements += line.get("elements", 0)
-        self.coverage.add(plan, ratio)
-        if line.get("waived"):
-            self.waived += 1
-        elif status in ("fail", "suspect"):
-            self.failed += 1
-            self.kinds[line["kind"]] += 1
-        elif status == "vacuous":
-            self.vacuous += 1
-        else:
-            self.verified += 1
-            self.worst = max(self.worst, ratio or 0.0)
+class OtherCampaign(ValueError):
+    """The folder holds the record of another target or seed."""
 
 
 class Campaign:
@@ -123,6 +59,10 @@ class Campaign:
         self.settings, self.watch = settings, watch
         settings.out.mkdir(parents=True, exist_ok=True)
         self.tally = read_record(settings.out)
+        mine, known = (settings.target, settings.seed), self.tally.campaign
+        if known not in (None, mine):
+            raise OtherCampaign(f"--out {settings.out} holds a campaign of target {known[0]}, seed {known[1]}: "
+                                f"not of {mine[0]}, seed {mine[1]}; choose another folder")  # fmt: skip
         self.tally.session += 1
         self.ledger = Ledger(settings.waivers, settings.target, datetime.date.today())
         self.store = corpus.open_store(settings.share)
@@ -162,6 +102,8 @@ class Campaign:
         status = None
         self.record = _open_record(self.settings.out / "record.jsonl")
         try:
+            if self.tally.campaign is None:
+                self._write("campaign", target=self.settings.target, seed=self.settings.seed)
             for worker in range(self.settings.workers):
                 self._start(worker)
             while self.children and not self._over():
@@ -357,14 +299,6 @@ def _open_record(path: Path) -> Any:
         if stream.read(1) != "\n":
             stream.write("\n")
     return stream
-
-
-def read_record(out: Path) -> Tally:
-    """The tally of a record; empty where there is none."""
-    tally = Tally()
-    for line in corpus.read_lines(out / "record.jsonl"):
-        tally.add(line)
-    return tally
 
 
 def _leave_case(folder: Path, plan: Plan, target: str, what: str) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import plots
-from fuzz.campaign import Tally
 from fuzz.coverage import AXES
 from fuzz.files import write_atomically
 from fuzz.plan import Plan
+from fuzz.tally import Tally
 
 _HEADLINE = {
     "pass": ("no failure found", "green"),

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from fuzz import corpus, ledger
-from fuzz.campaign import Campaign, Settings, Tally, read_record
+from fuzz.campaign import Campaign, Settings
 from fuzz.commands.search import app
 from fuzz.coverage import valid_pairs
 from fuzz.mutants import score
 from fuzz.plan import Plan
 from fuzz.stream import first_shapes
+from fuzz.tally import Tally, read_record
 
 ROOT = Path(__file__).parents[1]
 KERNELS = """
@@ -74,6 +75,21 @@ def test_a_right_kernel_passes_and_leaves_a_report(folder: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     assert here("run", "--target", "own:right", "--max-examples", "20", "--out", "out") == 0
     assert read_record(folder / "out").cases == 20
+
+
+def test_a_folder_of_another_campaign_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    line = {"line": "campaign", "t": 0.0, "session": 1, "target": "model", "seed": 3}
+    (tmp_path / "record.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "file").write_text("")
+    options = ("--max-examples", "5", "--seed", "3", "--out")
+    assert here("run", "--target", "mutant:head0", *options, ".") == 2
+    assert "holds a campaign of target model, seed 3" in capsys.readouterr().err
+    assert here("run", "--target", "model", *options, "file") == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def here(*arguments: str) -> int:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from fuzz import report
-from fuzz.campaign import EXIT, Campaign, Settings, Tally, summary
+from fuzz.campaign import EXIT, Campaign, Settings, summary
 from fuzz.files import write_json
+from fuzz.tally import Tally
 
 
 def campaign(out: Path, target: str, cases: int) -> tuple[dict, Tally]:

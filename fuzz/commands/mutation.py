@@ -148,6 +148,8 @@ def _fill(
 
 
 def _fate(kill: score.Kill) -> str:
+    if kill.killed and not kill.cases:
+        return f"killed by a {kill.kind}"
     if kill.killed:
         return "caught by its proof" if kill.kind == "proof" else f"killed by case {kill.cases} ({kill.kind})"
     return f"ALIVE after {kill.cases} cases"

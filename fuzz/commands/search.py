@@ -64,6 +64,8 @@ def run(
         limit = 600.0
     _load(target)
     folder = out or Path("fuzz-out") / re.sub(r"[^\w.-]+", "-", target)
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is a file, not a folder", param_hint="--out")
     settings = Settings(target, folder, limit, max_examples, seed, workers, case_timeout, max_failures, share,
                         _waivers(waivers))  # fmt: skip
     raise typer.Exit(_campaign(settings))
@@ -84,7 +86,7 @@ def _waivers(path: Path | None) -> tuple[Any, ...]:
 def _campaign(settings: Any) -> int:
     """Run a campaign under a progress display, write its report, and tell the outcome."""
     from fuzz import report
-    from fuzz.campaign import EXIT, Campaign, summary
+    from fuzz.campaign import EXIT, Campaign, OtherCampaign, summary
     from fuzz.corpus import StoreError
     from fuzz.files import write_json
 
@@ -93,13 +95,21 @@ def _campaign(settings: Any) -> int:
         with _progress(settings, console) as watch:
             campaign = Campaign(settings, watch)
             status = campaign.run()
-    except (OSError, StoreError) as error:
+    except OtherCampaign as error:
+        console.print(f"[red]{error}[/red]")
+        return USAGE
+    except OSError as error:
+        console.print(f"[red]--out {settings.out} cannot be written: {error}[/red]")
+        return INFRASTRUCTURE
+    except StoreError as error:
         console.print(f"[red]{error}[/red]")
         return INFRASTRUCTURE
     whole = summary(settings, campaign.tally, status, campaign.ledger, campaign.trouble)
     write_json(settings.out / "summary.json", whole)
     report.write(settings.out, whole, campaign.tally)
     report.tell(console, whole, settings.out)
+    if status == "interrupted":
+        console.print("the same command goes on from here")
     return EXIT[status]
 
 
@@ -206,7 +216,7 @@ def report(folder: Annotated[Path, typer.Argument(help="the --out of a campaign"
     import json
 
     from fuzz import report as pages
-    from fuzz.campaign import read_record
+    from fuzz.tally import read_record
 
     if not (folder / "summary.json").exists() or not (folder / "record.jsonl").exists():
         _console().print(f"[red]{folder} holds no finished campaign (summary.json and record.jsonl)[/red]")
