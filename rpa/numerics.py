@@ -51,6 +51,18 @@ MEASURED: tuple[tuple[str, str, Arithmetic], ...] = (
             eps_div=2.0**-23,  # 1.00
         ),
     ),
+    (
+        "gpu",
+        "H200",  # of XLA, Triton and Mosaic GPU the worst; Mosaic's tanh has a figure of its own in its claim
+        Arithmetic(
+            u=2.0**-23,  # 0.99
+            eps_exp=2.0**-22,  # 2.45
+            eps_exp2=2.0**-17,  # 68, XLA's; the kernels' own counts as exp
+            eps_tanh=2.0**-21,  # 4.98
+            eps_log=2.0**-22,  # 3.23
+            eps_div=2.0**-22,  # 2.60
+        ),
+    ),
 )
 
 

@@ -57,7 +57,7 @@ def elementwise(function: Callable[..., Any]) -> Callable[..., jax.Array]:
 
 
 FUNCTIONS = (
-    sweep.Function("exp2", elementwise(jnp.exp2), np.exp2, -150.0, 0.0),
+    sweep.Function("exp by exp2", elementwise(jnp.exp2), np.exp2, -150.0, 0.0),
     sweep.Function("tanh", elementwise(jnp.tanh), np.tanh, -20.0, 20.0),
     # Near 1 the hardware's logarithm is right to 2**-22 absolutely, which is all that an lse asks of it.
     sweep.Function("log", elementwise(lambda x: jnp.log2(x) + 1.0), lambda x: np.log2(x) + 1.0, 1.0, 3e38),

@@ -78,7 +78,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: str) -> ja
 
 
 FUNCTIONS = (
-    sweep.Function("exp2", _unary(0), np.exp2, -150.0, 0.0),
+    sweep.Function("exp by exp2", _unary(0), np.exp2, -150.0, 0.0),
     sweep.Function("tanh", _unary(1), np.tanh, -20.0, 20.0),
     # Near 1 the hardware's logarithm is right to 2**-22 absolutely, which is all that an lse asks of it.
     sweep.Function("log", _unary(2), lambda x: 1.0 + np.log2(x), 1.0, 3e38),
