@@ -18,6 +18,7 @@ from rpa.program import Program
 
 VERIFIERS = "rpa.verifier"  # the entry point group in which a judge is found
 _LEAST = 4  # rounds that show what is noise
+_SHORT = 1e-3  # seconds; the wall time of shorter calls is the host's, and says nothing of the kernel
 _EXHAUSTED = ("resource_exhausted", "out of resource", "outofresources", "shared memory", "too many resources")
 
 # A verifier says why a program's output for some arguments is wrong, or None.
@@ -140,7 +141,7 @@ class Tuner:
             trial.program = lowered.compile()
             fastest = min((other.warm for other in trials if other.status == "timed"), default=float("inf"))
             with self.exclusive():
-                output = self._warm(trial, args, kwargs, 10 * fastest)
+                output = self._warm(trial, args, kwargs, 10 * max(fastest, _SHORT))
             if output is None:
                 return "hopeless", f"one call took {trial.warm:.3g} s, ten times as long as another's"
             verify = self.verify or (installed_verifier() if isinstance(fn, Program) else None)
@@ -155,7 +156,7 @@ class Tuner:
         """Rounds in which every candidate has its turn; who is far behind, ever less far, is given up."""
         rounds, calls = _split(self.iters)
         turns: Sequence[tuple[Any, ...]] = self.turns or [args]
-        quickest = min(trial.warm for trial in alive)
+        quickest = max(min(trial.warm for trial in alive), _SHORT)
         alive = [alive[0], *(trial for trial in alive[1:] if trial.warm <= 2 * quickest)]
         for done in range(rounds):
             if done >= _LEAST and self.clock() - started > self.budget:

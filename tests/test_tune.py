@@ -183,6 +183,13 @@ def test_a_candidate_ten_times_slower_is_not_even_timed():
     assert "11 s" in report.trials[1].detail
 
 
+def test_one_wall_time_condemns_no_short_call():
+    """Twenty times as long, but microseconds: that is the host's doing, and both are timed."""
+    clock = Clock()
+    _, report = _tune({"first": Fake(clock, 1e-5), "held up": Fake(clock, 2e-4)}, clock, warmup=3, budget=1e9)
+    assert report.counts() == {"timed": 2}
+
+
 def test_one_hopeless_config_of_a_platform_speaks_for_the_others():
     clock = Clock()
     configs = [RaggedPageAttentionv2Config(num_warps=n, platform=name) for name in ("triton", "xla") for n in (1, 2)]
