@@ -297,8 +297,16 @@ def test_unknown_platform_is_a_usage_error(capsys):
 def test_page_is_self_contained():
     peer = result(0.9, backend="peer:other")
     before, after = made(result(), peer), made(result(1.5), peer, result(None, cell="lost <cell>"))
-    text = page.render(after, record.compare(before, after), [before])
-    for word in ("Roofline", "Against the peers", "History", "No number", "lost &lt;cell&gt;", "1.500"):
+    text = page.render(after, record.compare(before, after), [before], session._static())
+    for word in (
+        "Roofline",
+        "Against the peers",
+        "History",
+        "No number",
+        "lost &lt;cell&gt;",
+        "1.500",
+        "static estimates",
+    ):
         assert word in text
     fetched = [url for url in re.findall(r"""(?:src|href)=["'](.+?)["']""", text) if not url.startswith("#")]
     assert not fetched, "the page must fetch nothing"

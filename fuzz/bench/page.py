@@ -1,244 +1,310 @@
-"""One self-contained HTML page of a record: roofline, ratios against peers, growth curves, history, table."""
+"""One self-contained HTML page of a record: what stands out, ratios to the peers, roofline, growth, history, tables."""
 
 from __future__ import annotations
 
-import io
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
-import matplotlib.lines
 import numpy as np
+from markupsafe import Markup
 
+from fuzz.bench import plot
+from fuzz.bench.plot import Chart, Scale
 from fuzz.bench.record import Comparison, Record
 from fuzz.bench.run import Result
 
-INK, MUTED, GRID = "#1f2430", "#7a8194", "#e6e8ee"
-PALETTE = ("#2f6fde", "#e0762f", "#2a9d76", "#b1479e", "#8a6d3b", "#c8384b", "#17a2b8", "#607080", "#9b59d0", "#d4a017",
-           "#1b3a6b", "#7cb342")  # fmt: skip
-MARKERS = {"decode": "o", "prefill": "s", "chunk": "D", "mixed": "^"}
+KINDS = {"decode": "circle", "prefill": "square", "chunk": "diamond", "mixed": "triangle"}
+_COLOURS = 12  # classes c0 to c11 of the page's style
 
 
-def render(record: Record, comparison: Comparison | None, history: list[Record]) -> str:
-    """The page as text: inline SVG and CSS, nothing fetched from anywhere."""
-    peers = [r for r in record.passed if r.backend.startswith("peer:")]
-    plots = [
-        ("Roofline", "Each mark is one verified cell: how much arithmetic a byte of traffic feeds, and what was "
-         "reached. The line is this machine's measured ceiling.", _roofline(record)),
-        ("Against the peers", "Time of ours over the best peer's in the same run; left of the line is faster.",
-         _ratios(record)) if peers else None,
-        ("Growth", "Time against what grows, log-log. The dotted line is proportional growth through the first point; "
-         "page size should be flat.", _growth(record)) if any(r.tags.get("families") for r in record.passed) else None,
-        ("Fraction of the ceiling", "Floor (bytes over read stream, or operations over matrix peak) over time.",
-         _fractions(record)) if any(not r.tags.get("families") for r in record.passed) else None,
-        ("History", "The same cells in earlier records, as a ratio to the first.", _history([*history, record]))
-        if history else None,
-    ]  # fmt: skip
-    return _TEMPLATE.render(
-        record=record, comparison=comparison, plots=[plot for plot in plots if plot], rows=record.results,
-        ms=lambda s: f"{s * 1e3:.3g}", denied=[r for r in record.results if r.seconds is None],
+@dataclass(frozen=True)
+class View:
+    """A record as the page shows it."""
+
+    record: Record
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The colour class of every contender: ours first."""
+        found = dict.fromkeys(r.backend for r in self.record.passed)
+        ours = sorted(found, key=lambda name: name.startswith("peer:"))
+        return {name: f"c{i % _COLOURS}" for i, name in enumerate(ours)}
+
+    def style(self, name: str) -> str:
+        """Ours are filled, peers are rings."""
+        return f"mark {self.names.get(name, 'c0')}" + (" ring" if name.startswith("peer:") else "")
+
+    @cached_property
+    def best_peer(self) -> dict[str, Result]:
+        """The fastest verified peer of each cell that has one."""
+        best: dict[str, Result] = {}
+        for r in self.record.passed:
+            if r.backend.startswith("peer:") and (r.cell not in best or r.time < best[r.cell].time):
+                best[r.cell] = r
+        return best
+
+    @property
+    def ours(self) -> list[Result]:
+        return [r for r in self.record.passed if not r.backend.startswith("peer:")]
+
+    def legend(self, *, kinds: bool = False, peers: bool = True) -> Markup:
+        """What colours and shapes mean."""
+        keys = [plot.symbol(self.style(name)) + f"<span>{_short(name)}</span>" for name in self.names
+                if peers or not name.startswith("peer:")]  # fmt: skip
+        keys += [plot.symbol("mark plain", shape) + f"<span>{kind}</span>" for kind, shape in KINDS.items() if kinds]
+        return Markup('<p class="legend">' + "".join(f"<span>{key}</span>" for key in keys) + "</p>")
+
+
+def render(record: Record, comparison: Comparison | None, history: list[Record], static: Any = None) -> str:
+    """The page as text: inline SVG and CSS, no script, nothing fetched from anywhere.
+
+    Args:
+        static: the record of the TPU compiler's estimates, where there is one.
+    """
+    view = View(record)
+    return _environment().get_template("page.html.j2").render(
+        record=record, comparison=comparison, view=view, summary=_summary(view), ratios=_ratios(view),
+        roofline=_roofline(view), growth=_growth(view), ceilings=_fractions(view),
+        history=_history([*history, record]) if history else None, static=_static(static),
+        denied=[r for r in record.results if r.seconds is None and r.status != "unsupported"],
+        unsupported=[r for r in record.results if r.status == "unsupported"],
+        duration=duration, short=_short, si=plot.si,
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------ plots
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def _svg(draw: Callable, width: float = 8.4, height: float = 4.2, **subplots) -> str:
-    """What `draw(axes)` paints, as an inline SVG that scales with the page."""
-    style: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none",
-             "axes.edgecolor": MUTED,
-             "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True,
-             "grid.color": GRID, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-             "svg.hashsalt": "rpa"}  # fmt: skip
-    with matplotlib.rc_context(style):
-        from matplotlib.figure import Figure  # the object itself: no global state, no display
+def duration(seconds: float) -> str:
+    """Three digits with a unit.
 
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.subplots(**subplots))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    >>> duration(0.0123), duration(4.5e-6)
+    ('12.3 ms', '4.5 µs')
+    """
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= s), ("ns", 1e-9))
+    return f"{seconds / size:.3g} {unit}"
 
 
-def _colours(record: Record) -> dict[str, str]:
-    names = dict.fromkeys(r.backend for r in record.passed)
-    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
+def _short(name: str) -> str:
+    return name.removeprefix("peer:")
 
 
-def _styles(record: Record) -> dict[str, dict[str, Any]]:
-    """A mark for each contender: ours filled, peers as rings."""
-    return {
-        name: {"color": colour, "ms": 5.5, "mew": 1.4, "mfc": "none" if name.startswith("peer:") else colour}
-        for name, colour in _colours(record).items()
-    }
+def _tell(r: Result) -> str:
+    """What is shown when a mark is pointed at."""
+    said = f"{r.cell}\n{_short(r.backend)}: {duration(r.time)} ±{100 * (r.spread or 0):.1f} %"
+    return said + (f"\n{100 * r.fraction:.0f} % of the ceiling" if r.fraction else "")
 
 
-def _roofline(record: Record) -> str:
-    styles, limits = _styles(record), record.ceilings
-
-    def draw(axes) -> None:
-        intensity = np.geomspace(0.2, 1e4, 200)
-        for dtype, style in (("bfloat16", "-"), ("float32", "--")):
-            roof = np.minimum(intensity * limits.read, limits.burst[dtype])
-            axes.loglog(intensity, roof, style, color=INK, lw=1.2, label=f"ceiling {dtype}")
-        for r in record.passed:
-            mark = MARKERS.get(r.tags.get("kind", ""), "x")
-            axes.loglog(r.flops / r.bytes, r.flops / r.time, mark, **styles[r.backend])
-        for name, style in styles.items():
-            axes.plot([], [], "o", label=name, **style)
-        for kind, mark in MARKERS.items():
-            axes.plot([], [], mark, color=MUTED, label=kind)
-        axes.set_xlabel("operations per byte that must move")
-        axes.set_ylabel("operations per second")
-        axes.legend(frameon=False, fontsize=8, ncols=2)
-
-    return _svg(draw)
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def _best_peers(record: Record) -> dict[str, Result]:
-    best: dict[str, Result] = {}
-    for r in record.passed:
-        if r.backend.startswith("peer:") and (r.cell not in best or r.time < best[r.cell].time):
-            best[r.cell] = r
-    return best
+# ------------------------------------------------------------------ what stands out
 
 
-def _ratios(record: Record) -> str:
-    best, styles = _best_peers(record), _styles(record)
-    ours = [r for r in record.passed if not r.backend.startswith("peer:") and r.cell in best]
-    cells = list(dict.fromkeys(r.cell for r in ours))
+def _summary(view: View) -> list[tuple[str, str]]:
+    """(figure, what it is), a few of them."""
+    limits, passed = view.record.ceilings, view.record.passed
+    found = [(f"{plot.si(limits.read, ' ')}B/s", "read stream of this machine")]
+    found += [(f"{plot.si(rate, ' ')}FLOP/s", f"{dtype} product, in a burst") for dtype, rate in limits.burst.items()
+              if dtype != "float16"]  # fmt: skip
+    judged = [r for r in view.record.results if r.status != "unsupported"]
+    found.append((f"{len(passed)} of {len(judged)}", "lines verified, and so timed"))
+    for name in dict.fromkeys(r.backend for r in view.ours):
+        ratios = [r.time / view.best_peer[r.cell].time for r in view.ours
+                  if r.backend == name and r.cell in view.best_peer]  # fmt: skip
+        if ratios:
+            ahead = sum(ratio <= 1 for ratio in ratios)
+            found.append((f"{_mean(ratios):.2f} ×", f"{name}: mean time over the best peer's; "
+                          f"ahead in {ahead} of {len(ratios)} cells"))  # fmt: skip
+    return found
 
-    def draw(axes) -> None:
-        for r in ours:
-            ratio, y = r.time / best[r.cell].time, cells.index(r.cell)
-            axes.plot([1, ratio], [y, y], color=styles[r.backend]["color"], lw=1, alpha=0.5)
-            axes.plot(ratio, y, "o", **styles[r.backend])
-        axes.axvline(1, color=INK, lw=1)
-        axes.set_xscale("log")
-        _name_rows(axes, [f"{c}  ({best[c].backend.removeprefix('peer:')})" for c in cells])
-        _legend(axes, {name: style for name, style in styles.items() if not name.startswith("peer:")})
-        axes.set_xlabel("our time / best peer's time")
 
-    return _svg(draw, height=1.6 + 0.19 * len(cells))
+# ------------------------------------------------------------------ charts of rows: HTML, so that they fit any width
 
 
-def _growth(record: Record) -> str:
-    families = ("context", "batch", "page size")
-    curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
-    for r in record.passed:
+@dataclass(frozen=True)
+class Row:
+    """A cell's marks on a common scale."""
+
+    cell: str
+    note: str
+    marks: list[tuple[float, str, str]]  # (place in per cent, style, what is told)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cells one below the other."""
+
+    rows: list[Row]
+    ticks: list[tuple[float, str]]  # (place in per cent, label)
+    line: float | None = None  # a place to compare with
+
+
+def _ratios(view: View) -> Rows | None:
+    """Everybody's time over the best peer's."""
+    cells = [cell for cell in dict.fromkeys(r.cell for r in view.ours) if cell in view.best_peer]
+    if not cells:
+        return None
+    found = {cell: [(r.time / view.best_peer[cell].time, r) for r in view.record.passed if r.cell == cell]
+             for cell in cells}  # fmt: skip
+    scale = Scale.around([min(4.0, ratio) for marks in found.values() for ratio, _ in marks] + [0.8, 1.25], unit="×")
+    rows = []
+    for cell, marks in found.items():
+        told = [(ratio, r, f"{_tell(r)}\n{ratio:.2f} × the best peer's ({_short(view.best_peer[cell].backend)})")
+                for ratio, r in marks]  # fmt: skip
+        # Ours last: on top of what they cover.
+        told.sort(key=lambda each: not each[1].backend.startswith("peer:"))
+        places = [(100 * scale.place(min(ratio, scale.high)), view.style(r.backend), words) for ratio, r, words in told]
+        ours = [(ratio, r) for ratio, r in marks if not r.backend.startswith("peer:")]
+        note = ", ".join(f"{ratio:.2f}" for ratio, _ in ours)
+        rows.append(Row(cell, f"{note} × {_short(view.best_peer[cell].backend).split()[0]}", places))
+    values = [value for value in (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4) if scale.low <= value <= scale.high]
+    return Rows(rows, [(100 * scale.place(v), f"{v:g}×") for v in values], 100 * scale.place(1.0))
+
+
+def _fractions(view: View) -> Rows | None:
+    """How much of what the machine can do is used."""
+    rows = []
+    for cell in dict.fromkeys(r.cell for r in view.record.passed):
+        own = [r for r in view.record.passed if r.cell == cell and r.fraction]
+        own.sort(key=lambda r: not r.backend.startswith("peer:"))
+        marks = [(100 * min(1.0, r.fraction or 0), view.style(r.backend), _tell(r)) for r in own]
+        floor = own[0].floor if own else None
+        rows.append(Row(cell, f"floor {duration(floor)}" if floor else "", marks))
+    return Rows(rows, [(at, f"{at} %") for at in (0, 25, 50, 75, 100)]) if rows else None
+
+
+# ------------------------------------------------------------------ charts on two axes
+
+
+def _roofline(view: View) -> Markup | None:
+    """Where each cell lies under the machine's roof."""
+    passed, limits = [r for r in view.record.passed if r.flops and r.bytes], view.record.ceilings
+    if not passed:
+        return None
+    x = Scale.around([r.flops / r.bytes for r in passed] + [1.0, 300.0], room=0.05)
+    top = max(limits.burst.values())
+    y = Scale.around([r.flops / r.time for r in passed] + [top * 1.6], room=0.04)
+    chart = Chart(x, y, "operations for each byte that must move", "operations per second", 860, 470)
+    parts = []
+    for dtype, style in (("float32", "roof dashed"), ("bfloat16", "roof")):
+        peak = limits.burst[dtype]
+        points = [(at, min(at * limits.read, peak)) for at in np.geomspace(x.low, x.high, 120)]
+        points = [point for point in points if y.low <= point[1] <= y.high]
+        parts.append(chart.line(points, style, f"ceiling, {dtype}: {plot.si(peak)}FLOP/s, {plot.si(limits.read)}B/s"))
+        if x.low < peak / limits.read < x.high / 1.5:  # beside the bend, where no cell can lie above it
+            words = f"{dtype} {plot.si(peak, ' ')}FLOP/s"
+            parts.append(chart.text(peak / limits.read, peak, words, "note end", (-8, -5)))
+    for r in sorted(passed, key=lambda r: not r.backend.startswith("peer:")):
+        shape, size = KINDS.get(r.tags.get("kind", ""), "circle"), 3.6 if r.backend.startswith("peer:") else 4.8
+        told = f"{_tell(r)}\n{plot.si(r.flops / r.time)}FLOP/s, {plot.si(r.bytes / r.time)}B/s"
+        parts.append(chart.mark(r.flops / r.bytes, r.flops / r.time, view.style(r.backend), told, shape, size))
+    return Markup(chart.svg(*parts, name="roofline: operations per second over operations per byte"))
+
+
+def _growth(view: View) -> list[dict[str, Any]]:
+    """A chart for each family: time against what grows, with the line that fits and how straight it is."""
+    found: dict[str, dict[str, list[tuple[float, Result]]]] = defaultdict(lambda: defaultdict(list))
+    for r in view.record.passed:
         for family in r.tags.get("families", ()):
-            curves[family, r.backend].append((r.tags[family], r.time))
-    colours = _colours(record)
-
-    def draw(all_axes) -> None:
-        for axes, family in zip(all_axes, families, strict=True):
-            for (name, backend), points in curves.items():
-                if name != family:
-                    continue
-                x, y = np.array(sorted(points)).T
-                axes.loglog(x, y * 1e3, "o-", color=colours[backend], ms=4, lw=1.4, label=backend)
-                if family != "page size":
-                    axes.loglog(x, y[0] * 1e3 * x / x[0], ":", color=MUTED, lw=1)
-            axes.set_xlabel(family)
-            axes.xaxis.set_major_formatter("{x:.0f}")
-            axes.minorticks_off()
-        all_axes[0].set_ylabel("milliseconds")
-        handles = [matplotlib.lines.Line2D([], [], color=c, label=name) for name, c in colours.items()]
-        all_axes[0].legend(handles=handles, frameon=False, fontsize=8)
-
-    return _svg(draw, height=3.2, ncols=3, sharey=True)
+            found[family][r.backend].append((r.tags[family], r))
+    times = [r.time for curves in found.values() for points in curves.values() for _, r in points]
+    return [_grown(view, family, curves, times) for family, curves in found.items()
+            if any(len(points) > 1 for points in curves.values())]  # fmt: skip
 
 
-def _fractions(record: Record) -> str:
-    styles = _styles(record)
-    cells = list(dict.fromkeys(r.cell for r in record.passed if not r.tags.get("families")))
+def _grown(view: View, family: str, curves: dict[str, list[tuple[float, Result]]], times: list[float]) -> Any:
+    """`times` are those of all families: one scale for all, so that flat looks flat."""
+    points = [(at, r.time) for own in curves.values() for at, r in own]
+    label = {"context": "tokens in each context", "batch": "sequences", "page size": "tokens in a page"}[family]
+    places = tuple((at, _count(at)) for at in sorted({at for at, _ in points}))
+    chart = Chart(
+        Scale.around([at for at, _ in points]), Scale.around(times, unit="s"), label, "time", 340, 300, places
+    )
+    parts, fits = [], []
+    for backend, own in curves.items():
+        own.sort(key=lambda point: point[0])
+        colour = view.names[backend]
+        parts.append(chart.line([(at, r.time) for at, r in own], f"curve {colour}"))
+        if len(own) > 1:
+            fits.append((backend, _fit([(at, r.time) for at, r in own], family)))
+        parts += [chart.mark(at, r.time, view.style(backend), _tell(r), size=3.8) for at, r in own]
+    fewest = min(at for at, _ in points)
+    start = min(time for at, time in points if at == fewest)
+    if family != "page size":
+        line = [(at, start * at / fewest) for at in np.geomspace(fewest, chart.x.high, 30)]
+        line = [point for point in line if point[1] <= chart.y.high]
+        parts.insert(0, chart.line(line, "proportional", "in proportion, from the first point"))
+    return {"family": family, "svg": Markup(chart.svg(*parts, name=f"time over {label}")), "fits": fits}
 
-    def draw(axes) -> None:
+
+def _count(n: float) -> str:
+    return f"{n / 1024:.0f}k" if n >= 1024 and n % 1024 == 0 else f"{n:.0f}"
+
+
+def _fit(points: list[tuple[float, float]], family: str) -> str:
+    """What one more token, sequence or doubling of the page costs, and the exponent of the whole curve."""
+    x, y = np.array(points).T
+    exponent = np.polyfit(np.log(x), np.log(y), 1)[0]
+    if family == "page size":
+        return f"from {duration(y.min())} to {duration(y.max())}: × {y.max() / y.min():.2f} at most"
+    # Least squares of relative errors: the short end counts as much as the long one.
+    slope, start = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1) / y[:, None], np.ones_like(y), rcond=None)[0]
+    off = np.abs((slope * x + start) / y - 1).max()
+    unit = "a token" if family == "context" else "a sequence"
+    return (f"{duration(max(0.0, start))} + {duration(max(1e-12, slope))} {unit}, within {100 * off:.0f} %; "
+            f"grows as {family} to the {exponent:.2f}")  # fmt: skip
+
+
+def _history(records: list[Record]) -> Markup | None:
+    """The same cells in earlier records, as a ratio to the first that has them."""
+    ordered = sorted(records, key=lambda record: record.date)  # stable: the newest of a day stays last
+    lines: dict[tuple[str, str], list[tuple[int, Result]]] = defaultdict(list)
+    for place, record in enumerate(ordered):
         for r in record.passed:
-            if r.cell in cells:
-                axes.plot(100 * (r.fraction or 0), cells.index(r.cell), "o", **styles[r.backend])
-        _name_rows(axes, cells)
-        _legend(axes, styles)
-        axes.set_xlabel("% of this machine's ceiling")
-        axes.set_xlim(0, 100)
-
-    return _svg(draw, height=1.8 + 0.19 * len(cells))
-
-
-def _name_rows(axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-
-
-def _legend(axes, styles: dict[str, dict[str, Any]]) -> None:
-    """Above the plot, where it hides nothing."""
-    for name, style in styles.items():
-        axes.plot([], [], "o", label=name, **style)
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+            lines[r.cell, r.backend].append((place, r))
+    lines = {key: points for key, points in lines.items() if len(points) > 1}
+    if not lines:
+        return None
+    ratios = [r.time / points[0][1].time for points in lines.values() for _, r in points]
+    dates = tuple((float(place), record.date) for place, record in enumerate(ordered))
+    chart = Chart(Scale(-0.2, len(ordered) - 0.8, log=False), Scale.around([*ratios, 0.8, 1.25], unit="×"),
+                  "record", "time over the first record's", 860, 340, dates)  # fmt: skip
+    view = View(records[-1])
+    parts = [chart.line([(-0.2, 1.0), (len(ordered) - 0.8, 1.0)], "roof")]
+    for (_, backend), points in lines.items():
+        first = points[0][1].time
+        parts.append(
+            chart.line([(at, r.time / first) for at, r in points], f"curve thin {view.names.get(backend, 'c0')}")
+        )
+        parts += [chart.mark(at, r.time / first, view.style(backend), f"{ordered[at].date}\n{_tell(r)}", size=3)
+                  for at, r in points]  # fmt: skip
+    return Markup(chart.svg(*parts, name="time of each cell over its time in the first record"))
 
 
-def _history(records: list[Record]) -> str:
-    lines: dict[tuple[str, str], list[tuple[str, float]]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: r.date):
-        for r in record.passed:
-            lines[r.cell, r.backend].append((record.date, r.time))
-    colours = _colours(records[-1])
-
-    def draw(axes) -> None:
-        dates = sorted({record.date for record in records})
-        for (_, backend), points in lines.items():
-            if len(points) > 1:
-                first = points[0][1]
-                places = [dates.index(date) for date, _ in points]
-                axes.plot(
-                    places,
-                    [s / first for _, s in points],
-                    "o-",
-                    color=colours.get(backend, MUTED),
-                    ms=3,
-                    lw=1,
-                    alpha=0.6,
-                )
-        axes.axhline(1, color=INK, lw=0.8)
-        axes.set_xticks(range(len(dates)), dates)
-        axes.set_ylabel("time / first record's")
-
-    return _svg(draw, height=3)
+# ------------------------------------------------------------------ the compiler's word on TPUs
 
 
-# ------------------------------------------------------------------ the page
-
-_TEMPLATE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>rpa benchmarks, {{ record.date }}</title><style>
-:root { color-scheme: light; --ink: #1f2430; --muted: #7a8194; --line: #e6e8ee; --bad: #c8384b; --good: #2a9d76 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fafbfc; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 0 } p { color: var(--muted); margin: .2rem 0 .6rem }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; margin: 1.2rem 0; overflow-x: auto }
-svg { width: 100%; height: auto } table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums }
-th { text-align: left; color: var(--muted); font-weight: 500 } td, th { padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap }
-td.n, th.n { text-align: right } td.why { white-space: normal } .bad { color: var(--bad) } .good { color: var(--good) } code { font-size: 12px }
-.facts { display: flex; flex-wrap: wrap; gap: .6rem 2rem } .facts b { display: block; font-size: 1.2rem }
-</style></head><body>
-<h1>Ragged paged attention, benchmarked</h1>
-<p>{{ record.date }} · {{ record.ceilings.device }} · {% for name, version in record.versions.items() %}{{ name }} {{ version }}{{ ", " if not loop.last }}{% endfor %}</p>
-<section class="facts">
-<div><b>{{ "%.4g"|format(record.ceilings.read / 1e9) }} GB/s</b>read stream</div>
-{% for dtype, rate in record.ceilings.burst.items() %}<div><b>{{ "%.3g"|format(rate / 1e12) }} TFLOP/s</b>{{ dtype }}, burst</div>{% endfor %}
-<div><b>{{ record.passed|length }} of {{ rows|length }}</b>cells verified and timed</div></section>
-{% if comparison %}<section><h2>Compared with an earlier record</h2>
-<p class="{{ 'bad' if comparison.failed else 'good' }}">{{ comparison.regressions|length }} slower past 5 % and the noise, {{ comparison.lost|length }} lost their number, {{ comparison.changes|length }} compared.</p>
-<table><tr><th>cell<th>backend<th class="n">before, ms<th class="n">after, ms<th class="n">ratio<th class="n">noise</tr>
-{% for c in comparison.overall|list + comparison.changes|sort(attribute="ratio", reverse=true)|list %}<tr class="{{ 'bad' if c.regressed else 'good' if c.improved }}"><td><code>{{ c.cell }}</code><td>{{ c.backend }}<td class="n">{{ ms(c.before) }}<td class="n">{{ ms(c.after) }}<td class="n">{{ "%.3f"|format(c.ratio) }}<td class="n">{{ "%.0f"|format(100 * c.noise) }} %</tr>
-{% endfor %}</table></section>{% endif %}
-{% for title, text, svg in plots %}<section><h2>{{ title }}</h2><p>{{ text }}</p>{{ svg|safe }}</section>
-{% endfor %}
-{% if denied %}<section><h2>No number</h2><p>A cell that the oracle does not pass is not timed.</p>
-<table><tr><th>cell<th>backend<th>why</tr>{% for r in denied %}<tr><td><code>{{ r.cell }}</code><td>{{ r.backend }}<td class="why {{ 'bad' if r.status in ('fail', 'error', 'suspect') }}">{{ r.status }}: {{ r.reason }}</tr>{% endfor %}</table></section>{% endif %}
-<section><h2>Every number</h2><p>Time is the least of the samples, on a GPU the median sum of a call's kernels; ± is the noise of one run; host is what a warm call costs its caller.</p>
-<table><tr><th>cell<th>backend<th class="n">ms<th class="n">±<th class="n">of ceiling<th class="n">GB/s<th class="n">GFLOP/s<th class="n">error / bound<th class="n">temporaries, MiB<th class="n">compile, s<th class="n">host, µs<th class="n">launches</tr>
-{% for r in record.passed %}<tr><td><code>{{ r.cell }}</code><td>{{ r.backend }}<td class="n">{{ ms(r.seconds) }}<td class="n">{{ "%.0f"|format(100 * r.spread) }} %<td class="n">{{ "%.0f"|format(100 * (r.fraction or 0)) }} %<td class="n">{{ "%.1f"|format(r.bytes / r.seconds / 1e9) }}<td class="n">{{ "%.0f"|format(r.flops / r.seconds / 1e9) }}<td class="n">{{ "%.2f"|format(r.ratio) }}<td class="n">{{ "" if r.temp_bytes is none else "%.1f"|format(r.temp_bytes / 1048576) }}<td class="n">{{ "%.1f"|format(r.compile_seconds or 0) }}<td class="n">{{ "" if r.host_seconds is none else "%.0f"|format(r.host_seconds * 1e6) }}<td class="n">{{ "" if r.launches is none else r.launches }}</tr>
-{% endfor %}</table></section></body></html>
-""")  # noqa: E501
+def _static(found: Any) -> dict[str, Any] | None:
+    """Bundles that the TPU compiler scheduled, beside the cycles in which the memory delivers."""
+    if not found:
+        return None
+    shapes = {"llama_page16": "Llama-3-8B heads, page 16", "llama_page32": "page 32", "fp8_e4m3": "page 32, e4m3 pages",
+              "int8": "page 32, int8 pages", "gpt_oss_d64": "gpt-oss heads", "gemma_d256": "Gemma heads"}  # fmt: skip
+    chips = [chip for chip in ("v5e", "v6e", "tpu7x") if chip in found["chips"]]
+    rows = []
+    for shape, words in shapes.items():
+        own = [found["chips"][chip].get(shape) for chip in chips]
+        cells = [
+            (f"{r['decode']['bundles']} / {r['hbm_cycles']}", r["static_bandwidth_use"]) if r else None for r in own
+        ]
+        rows.append((words, cells))
+    return {"libtpu": found["libtpu"], "chips": chips, "rows": rows}
