@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,3 +324,37 @@ def test_session_writes_record_and_page(tmp_path, monkeypatch):
     assert json.loads(json_path.read_text())["results"][0]["status"] == "pass"
     monkeypatch.setattr(work, "contenders_on", lambda *asked: [oracle_kernel(wrong=1.0)])
     assert session.main(HERE(compare=json_path)) == session.FAIL
+
+
+# ------------------------------------------------------------------ from a record to the README
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("figures", Path(__file__).parent / "bench" / "figures.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RECORDS", tmp_path)
+    return module
+
+
+def test_new_record_ships_under_its_device(figures, tmp_path):
+    """One command from `rpa bench --json` to the README: the peers' block is then that record's."""
+    ours, peer = result(1e-5, backend="triton"), result(2e-5, backend="peer:fa3 scheduled")
+    limits = dataclasses.replace(CEILINGS, device="NVIDIA H200")
+    new = tmp_path / "new.json"
+    new.write_text(dataclasses.replace(made(ours, peer, result(None, backend="pallas_gpu")), ceilings=limits).to_json())
+    assert figures.ship(new) == tmp_path / "h200.json"
+    text = figures.filled("<!-- figures:peers -->\nold\n<!-- /figures -->")
+    assert f"| `{CELL.name}` | 500,000.0 | - | 10.0 (0.50) | 20.0 | - | - | - | - |" in text
+    assert "old" not in text
+
+
+@pytest.mark.parametrize(("results", "why"), [((result(None),), "no line of it"), ((result(),), "a record of test")])
+def test_record_without_a_place_does_not_ship(figures, tmp_path, results, why):
+    new = tmp_path / "new.json"
+    new.write_text(made(*results).to_json())
+    with pytest.raises(record.RecordError, match=why):
+        figures.ship(new)
+    assert not (tmp_path / "cpu.json").exists()

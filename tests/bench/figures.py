@@ -1,4 +1,8 @@
-"""The README's figures, written from the records that ship: `python tests/bench/figures.py` puts them in place."""
+"""The README's figures, written from the records that ship.
+
+`python tests/bench/figures.py NEW.json ...` puts new records of `rpa bench` in their places and writes the README from
+all that ship; without a file it only writes. A test fails where the two drift apart.
+"""
 
 from __future__ import annotations
 
@@ -87,23 +91,52 @@ def tpu() -> str:
 
 def peers() -> str:
     """Every contender of `rpa bench` on the H200, microseconds; "-" where it cannot, or its answer is not right."""
-    record = json.loads((RECORDS / "h200_bench_2026-11-22.json").read_text())
-    ours = {"pallas_gpu": "Mosaic GPU", "triton": "Triton"}
-    theirs = {"peer:fa3 scheduled": "FA3", "peer:flashinfer fa2": "FlashInfer", "peer:vllm": "vLLM"}
-    names = ours | theirs | {"peer:jax paged": "JAX", "peer:ejkernel": "ejkernel"}
-    results = [r for run in record["runs"] for r in run["results"]]
-    times = {(r["cell"], r["backend"]): r["seconds"] for r in results}
+    date, results = _h200_run()
+    times = {(r["cell"], r["backend"]): r["seconds"] for r in results if r["seconds"] is not None}
     lines = [
-        f"{record['date']}, one H200, microseconds on the device of each contender in the same run, floor first.",
+        f"{date}, one H200: microseconds on the device, every contender judged and timed in one run; in brackets ours "
+        'over the best peer, "-" where one cannot or is not right.',
         "",
-        f"| cell | floor | {' | '.join(names.values())} |",
-        "|---|" + "---|" * (len(names) + 1),
+        f"| cell | floor | {' | '.join((*_OURS, *_PEERS))} |",
+        "|---|" + "---|" * (len(_OURS) + len(_PEERS) + 1),
     ]
     for cell, floor in {r["cell"]: r["floor"] for r in results}.items():
-        row = [times.get((cell, backend)) for backend in names]
-        figures = " | ".join("-" if seconds is None else f"{seconds * 1e6:,.{seconds < 1e-4:d}f}" for seconds in row)
-        lines.append(f"| `{cell.removesuffix('/bfloat16')}` | {floor * 1e6:,.1f} | {figures} |")
+        theirs = [_least(times, cell, names) for names in _PEERS.values()]
+        best = min((seconds for seconds in theirs if seconds), default=None)
+        ours = [_least(times, cell, (name,)) for name in _OURS.values()]
+        told = [_us(seconds) + (f" ({seconds / best:.2f})" if seconds and best else "") for seconds in ours]
+        row = " | ".join([*told, *map(_us, theirs)])
+        lines.append(f"| `{cell.removesuffix('/bfloat16')}` | {floor * 1e6:,.1f} | {row} |")
     return "\n".join(lines) + "\n"
+
+
+_OURS = {"Mosaic GPU": "pallas_gpu", "Triton": "triton"}
+# A peer's best way counts: one call or two, scheduled ahead or not, with tensor cores or without.
+_PEERS = {
+    "FA3": ("peer:fa3", "peer:fa3 scheduled", "peer:fa3 two calls"),
+    "FlashInfer": ("peer:flashinfer fa2", "peer:flashinfer decode"),
+    "vLLM": ("peer:vllm",),
+    "JAX": ("peer:jax paged",),
+    "ejkernel": ("peer:ejkernel",),
+}
+
+
+def _h200_run() -> tuple[str, list[dict]]:
+    """The date and results of `rpa bench`: its record, or the two runs of the first day that had one."""
+    path = RECORDS / "h200.json"
+    if path.exists():
+        record = json.loads(path.read_text())
+        return record["date"], record["results"]
+    record = json.loads((RECORDS / "h200_bench_2026-11-22.json").read_text())
+    return record["date"], [r for run in record["runs"] for r in run["results"]]
+
+
+def _least(times: dict[tuple[str, str], float], cell: str, names: tuple[str, ...]) -> float | None:
+    return min((times[cell, name] for name in names if (cell, name) in times), default=None)
+
+
+def _us(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:,.{seconds < 1e-4:d}f}"
 
 
 FIGURES = {"cpu": cpu, "h200": h200, "peers": peers, "tpu": tpu}
@@ -114,7 +147,29 @@ def filled(text: str) -> str:
     return _BLOCK.sub(lambda block: block[1] + FIGURES[block["name"]]() + block[3], text)
 
 
+def ship(path: Path) -> Path:
+    """Put what `rpa bench --json` wrote in the place of its device's record.
+
+    Raises:
+        RecordError: it is no record, has no number, or is of a device that the README has no place for.
+    """
+    from fuzz.bench import record
+
+    found = record.load(path)
+    if not found.passed:
+        raise record.RecordError(f"{path}: no line of it has a number")
+    device = found.ceilings.device
+    name = "cpu" if "x" in device.split()[-1] else device.split()[-1].lower()
+    if name not in ("cpu", "h200"):
+        raise record.RecordError(f"{path}: a record of {device}; the README has figures of a CPU and of an H200")
+    place = RECORDS / f"{name}.json"
+    place.write_text(found.to_json())
+    return place
+
+
 if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        sys.stdout.write(f"{argument} ships as {ship(Path(argument)).relative_to(ROOT)}\n")
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text()))
     sys.stdout.write(f"wrote the figures of {', '.join(FIGURES)} into {readme.name}\n")
