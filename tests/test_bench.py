@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fuzz.bench import arrays, ceilings, cells, page, peers, record, run, session, watch, work
+from fuzz.bench import arrays, ceilings, cells, clock, page, peers, record, run, session, watch, work
 from fuzz.bench.clock import Timing
 from oracle import Case, attend, judge
 from rpa import ragged_page_attention_v2
@@ -187,6 +187,61 @@ def test_noise_is_told_by_the_samples():
         assert of(calm).spread < 0.05 < of(busy).spread
 
 
+def busy_machine(monkeypatch, seed: int, slower: float = 1.0) -> run.Result:
+    """A result timed where the machine's pace wanders by half, every sample by 5 %, and one in eight is disturbed."""
+    random = np.random.default_rng(seed)
+    pace = random.uniform(1, 3) * np.exp(np.cumsum(random.normal(0, 0.02, 5000)))
+    drawn = iter(range(5000))
+
+    def sample(call, turn: int, repeats: int) -> tuple[float, float]:
+        own = call(turn) * pace[next(drawn)] * random.lognormal(0, 0.05)
+        return own * (1 + (random.random() < 0.125) * random.exponential(1.0)), own * 1.7
+
+    monkeypatch.setattr(clock, "_sample", sample)
+    monkeypatch.setattr(clock, "_repeats", lambda call: 1)
+    timing = clock.paired(lambda turn: 1e-3 * slower, lambda turn: 3e-3, budget=0.0, at_least=400)
+    return result(timing.seconds, timing.spread, beside=timing.beside)
+
+
+def test_slowdown_of_a_tenth_is_told_on_a_busy_machine_and_nothing_else(monkeypatch):
+    """The plain times of these runs differ by up to three times; beside the yardstick, a tenth is seen every time."""
+    honest = [busy_machine(monkeypatch, seed) for seed in range(12)]
+    slow = [busy_machine(monkeypatch, seed, 1.1) for seed in range(12, 24)]
+    assert max(r.time for r in honest) > 1.5 * min(r.time for r in honest)
+    for base, same, worse in zip(honest, honest[1:] + honest[:1], slow, strict=True):
+        assert not record.compare(made(base), made(same)).failed
+        assert record.compare(made(base), made(worse)).failed
+        assert max(change.noise for change in record.compare(made(base), made(worse)).changes) < 0.1
+
+
+def test_kernel_that_waits_is_told_by_the_wall_alone():
+    def beside(wall: float, cpu: float) -> run.Result:
+        each = {"yardstick": 1.0, "noise": 0.01, "version": 1}
+        return result(wall, beside={"wall": each | {"seconds": wall}, "cpu": each | {"seconds": cpu}})
+
+    asleep = record.compare(made(beside(1.0, 1.0)), made(beside(1.1, 1.0)))
+    assert [change.clock for change in asleep.regressions] == ["wall"]
+    assert [c.clock for c in record.compare(made(beside(1.0, 1.0)), made(beside(1.0, 1.1))).regressions] == ["cpu"]
+
+
+def test_records_of_two_yardsticks_compare_plain_times():
+    then, now = ({"wall": {"seconds": 1.0, "yardstick": 1.0, "noise": 0.0, "version": v}} for v in (1, 2))
+    (change,) = record.compare(made(result(beside=then)), made(result(1.2, beside=now))).changes
+    assert (change.clock, change.ratio, change.noise) == ("time", 1.2, 0.02)
+
+
+def test_what_looks_slower_is_measured_again(monkeypatch, capsys):
+    """A disturbance does not come twice: the second measurement counts, unless it is the slower one."""
+    base, slow, fast = made(result(1.0)), made(result(1.5)), made(result(1.01))
+    runs = iter([fast, slow])
+    monkeypatch.setattr(session, "_measure", lambda *asked: next(runs))
+    console = session.Console()
+    assert session._confirmed(console, session.Options(), base, slow).results == fast.results
+    assert session._confirmed(console, session.Options(), base, slow).results == slow.results
+    assert session._confirmed(console, session.Options(), base, fast) == fast
+    assert "measured again" in capsys.readouterr().out
+
+
 def test_one_lucky_kernel_is_no_speed():
     lucky = [0.5, *[1.0] * 9]
     assert Timing.middle(lucky).seconds == Timing.least(lucky).seconds == 1.0
@@ -332,7 +387,8 @@ def test_session_writes_record_and_page(tmp_path, monkeypatch):
 @pytest.fixture
 def figures(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("figures", Path(__file__).parent / "bench" / "figures.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RECORDS", tmp_path)
