@@ -91,3 +91,12 @@ def test_tile_shapes_depend_on_static_shapes_and_config_alone():
 def test_an_option_it_would_ignore_is_refused():
     with pytest.raises(ValueError, match=r"warp_rows.*=2.*Mosaic GPU.*workers"):
         program(CALL, RaggedPageAttentionv2Config(options=(("warp_rows", 2),)), False)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_what_shared_memory_cannot_hold_is_refused_and_never_tuned(dim):
+    call = dataclasses.replace(CALL, head_dim=dim)
+    for config in pallas_gpu.candidates(call, H200):
+        assert program(call, config, False).decode.stages >= 1
+    with pytest.raises(ValueError, match=rf"'workers'=4, 'decode_block'=512: no room.*{dim}"):
+        program(call, RaggedPageAttentionv2Config(options=(("decode_block", 512), ("workers", 4))), False)

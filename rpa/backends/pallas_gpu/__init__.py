@@ -146,7 +146,8 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
 
 
 # What is worth measuring of each role; where two give one program, the tuner times one.
-DECODES = (("workers", 1), ("workers", 2), ("workers", 3), ("workers", 4), ("least_chunk", 256), ("least_chunk", 1024))
+DECODES = (("workers", 1), ("workers", 2), ("workers", 3), ("workers", 4), ("least_chunk", 128), ("least_chunk", 1024),
+           ("decode_block", 128))  # fmt: skip
 PREFILLS = (("queries", 1), ("queries", 2), ("teams", 1), ("prefill_block", 64), ("prefill_block", 128), ("turns", 0))
 MIXES = (("mixed_chunk", 1024), ("mixed_chunk", 4096), ("mixed_stages", 2), ("turns", 0))
 
@@ -160,7 +161,16 @@ def candidates(signature: Signature, device: Device) -> tuple[RaggedPageAttentio
         several = PREFILLS
     else:
         several = MIXES if todo.fused else DECODES + PREFILLS
-    return (base, *(base.replace(options=(option,)) for option in several))
+    return (base, *(config for option in several if fits(signature, config := base.replace(options=(option,)), device)))
+
+
+def fits(signature: Signature, config: RaggedPageAttentionv2Config, device: Device) -> bool:
+    """Whether shared memory holds what the options ask for."""
+    try:
+        program(signature, config, device.interpreted)
+    except ValueError:
+        return False
+    return True
 
 
 EPS_TANH = 2.0**-10  # `python -m fuzz.adapters.mosaic_sweep` measures it
@@ -170,8 +180,8 @@ def claim(signature: Signature, device: Device) -> dict:
     """Operands as stored, weights rounded once; tanh and exp2 are the hardware's approximations."""
     exact = numerics.claim(signature, device, 32)  # blocks of 64 keys at least, and the joins of splits
     dots = signature.q_dtype
-    # Decode multiplies narrow pages in float16; its `halved` queries lose far less than float16's underflow of them.
-    lost = numerics.UNDERFLOW["float16" if signature.kv_dtype in NARROW else dots]
+    # Floats of 8 bits are multiplied in float16; `halved` queries lose far less than float16's underflow.
+    lost = numerics.UNDERFLOW["float16" if signature.kv_dtype.startswith("float8") else dots]
     return exact | {
         "u_in": 0.0,
         "u_p": numerics.ROUNDOFF[dots],

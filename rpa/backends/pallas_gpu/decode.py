@@ -34,6 +34,7 @@ from rpa.backends.pallas_gpu.tiles import (
     ceil_div,
     drain,
     first_key,
+    halved,
     page_of,
     piece,
     smem,
@@ -288,8 +289,10 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
         scale = shape.scale if heads.k_scale is None else shape.scale * heads.k_scale[head]
         queries = s.q.at[slot]
         if shape.operands != shape.dtype:
-            queries, unit = halved(queries, s.half)
+            queries = s.half
+            queries.transpose((1, 0))[...], unit = halved(s.q.at[slot].transpose((1, 0))[...], 0)
             scale = scale * unit
+            plgpu.commit_smem()
         fold = functools.partial(fold_block, item, queries, step, scale, s=s, shape=shape, tiling=tiling)
         acc, m, l = lax.fori_loop(0, item.blocks, fold, start)
         if heads.v_scale is not None:
@@ -321,21 +324,6 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
 
     lax.while_loop(lambda carry: carry[2] >= 0, loop, (I32(0), I32(0), I32(0)))
     plgpu.wait_smem_to_gmem(0)
-
-
-def halved(q_ref, half_ref):
-    """(float16 queries, what a product with them is to be multiplied by, [N]), exact where it matters.
-
-    Each row is brought just below float16's greatest by a power of two. So what lies 2**32 below its own greatest
-    number, where float16 has fewer bits than bfloat16, loses less than 2**-38 of that.
-    """
-    x = q_ref.transpose((1, 0))[...].astype(jnp.float32)  # [D, N]
-    top = lax.bitcast_convert_type(jnp.abs(x).max(axis=0), jnp.int32)
-    exponent = jnp.clip(lax.shift_right_logical(top, 23), 28, 254)  # of the greatest, biased
-    up, down = (lax.bitcast_convert_type(e << 23, jnp.float32) for e in (268 - exponent, exponent - 14))
-    half_ref.transpose((1, 0))[...] = (x * across(up, x)).astype(jnp.float16)
-    plgpu.commit_smem()
-    return half_ref, down
 
 
 def fold_block(item: Item, queries, step, scale, i, carry, *, s: Scratch, shape: Shape, tiling: Tiling):

@@ -33,7 +33,19 @@ from rpa.backends.pallas_gpu.prefill_work import (
     scratch_types,
     unpacked,
 )
-from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Heads, Shape, ceil_div, drain, page_of, piece, widen
+from rpa.backends.pallas_gpu.tiles import (
+    FLOOR,
+    I32,
+    LOG2E,
+    Heads,
+    Shape,
+    ceil_div,
+    drain,
+    halved,
+    page_of,
+    piece,
+    widen,
+)
 
 # ------------------------------------------------------------------ producer
 
@@ -133,6 +145,11 @@ def consume(
             scale=shape.scale if scalars.k_scale is None else shape.scale * scalars.k_scale[item.kv_head],
         )
         plgpu.barrier_wait(s.q_full.at[place])
+        if shape.operands != shape.dtype:
+            queries = lax.bitcast_convert_type(s.q.at[place][...], jnp.dtype(shape.dtype))
+            s.q.at[place][...], unit = halved(queries, 1)
+            plgpu.commit_smem()
+            mine = mine._replace(scale=mine.scale * unit)
         state = (
             plgpu.layout_cast(jnp.zeros((M, d), jnp.float32), WG),
             plgpu.layout_cast(jnp.full((M,), FLOOR, jnp.float32), ROWS),
@@ -175,7 +192,7 @@ def store(place, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape
     """Rows to memory: a full tile by one TMA, a partial one by its binary parts, so that no neighbour is touched."""
     sink = None if sinks_ref is None else sinks_ref[mine.head]
     out, lse = normalised(state, sink, shape)
-    out = out.astype(shape.dtype)
+    out = lax.bitcast_convert_type(out.astype(shape.dtype), jnp.dtype(shape.operands))
     rows, wg = mine.end - mine.begin, lax.rem(place, I32(2))
 
     def whole():
@@ -244,8 +261,8 @@ def fill(cta, fills, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     def rows(first, stop, value):
         @pl.when(first + cta < stop)
         def _():
-            constant = jnp.full((M, d), value, jnp.dtype(shape.dtype))
-            stage_rows(plgpu.layout_cast(constant, WG), s.tail.at[0])
+            constant = plgpu.layout_cast(jnp.full((M, d), value, jnp.dtype(shape.dtype)), WG)
+            stage_rows(lax.bitcast_convert_type(constant, jnp.dtype(shape.operands)), s.tail.at[0])
             plgpu.commit_smem()
             count = ceil_div(stop - first - cta, tiling.ctas)
 
@@ -322,10 +339,12 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
                 if t == 0:
                     pl.when(wg == 0)(lambda: fill(cta, fill_refs, o_ref, s, shape, tiling))
 
-    outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), jnp.dtype(shape.dtype))]
+    # Memory holds numbers of one type for each use: where products take another, queries come and answers go as bits.
+    bits = jnp.dtype(shape.operands)
+    outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), bits)]
     if with_lse:
         outs.append(jax.ShapeDtypeStruct((shape.tokens, shape.q_heads), jnp.float32))
-    args = [q, kv_pages, tables, count, tiles, *fills, *scalars.present]
+    args = [lax.bitcast_convert_type(q, bits), kv_pages, tables, count, tiles, *fills, *scalars.present]
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),
@@ -337,4 +356,5 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="rpa_prefill",
     )(*args)
-    return results if with_lse else (results[0], None)
+    output = lax.bitcast_convert_type(results[0], jnp.dtype(shape.dtype))
+    return output, results[1] if with_lse else None

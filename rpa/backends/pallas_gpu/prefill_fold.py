@@ -81,7 +81,7 @@ def fold_block(
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z * unit - along(m_new, z))
     l = l * alpha + p.sum(axis=1)
-    weights = p.astype(shape.dtype)
+    weights = p.astype(shape.operands)
     if not tiling.fresh:
         acc = acc * along(alpha, acc)
     if turns:
@@ -112,7 +112,7 @@ def fold_ahead(place, scale, step, first, second, state, s: Scratch, shape: Shap
         m_new = jnp.maximum(m, z.max(axis=1) * unit)
         alpha = jnp.exp2(m - m_new)
         p = jnp.exp2(z * unit - along(m_new, z))
-        return p.astype(shape.dtype), m_new, l * alpha + p.sum(axis=1), alpha
+        return p.astype(shape.operands), m_new, l * alpha + p.sum(axis=1), alpha
 
     def one(i, carry):
         acc, weights, m, l = carry
@@ -174,10 +174,10 @@ def add_product(acc, alpha, weights, v_ref, fresh: bool):
 def logits(x, scale, shape: Shape):
     """(z, unit): the scaled, capped logits are z * unit in units of log 2, with unit > 0."""
     if shape.cap is not None:
-        return jnp.tanh(x * (scale / shape.cap)), shape.cap * LOG2E
+        return jnp.tanh(x * factor(scale / shape.cap, x)), shape.cap * LOG2E
     if isinstance(scale, float) and scale > 0:
         return x, scale * LOG2E
-    return x * (scale * LOG2E), 1.0
+    return x * factor(scale * LOG2E, x), 1.0
 
 
 def masked(z, key, mine: Item, cut: str, shape: Shape):
@@ -201,6 +201,11 @@ def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Ti
         plgpu.commit_smem()
         plgpu.barrier_arrive(s.clean)
         plgpu.barrier_wait(s.clean)
+
+
+def factor(scale, like):
+    """One number, or one a row, as what `like` can be multiplied by."""
+    return along(scale, like) if jnp.ndim(scale) else scale
 
 
 def along(row, like):

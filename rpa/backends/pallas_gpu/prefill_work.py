@@ -102,7 +102,7 @@ def place_rows(d: int) -> tuple[int, int]:
 
 
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
-    d, dtype = shape.head_dim, shape.dtype
+    d, dtype = shape.head_dim, shape.operands
     copies = tiling.block // piece(shape.page, tiling.block)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     held = 2 * tiling.queries

@@ -70,41 +70,66 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
 
 
 def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
-    # Measured: a fourth worker is worth 6 % at head size 64 on long rows, and costs as much on short windows.
-    short = shape.window is not None and shape.window <= 512
-    small = 4 if shape.head_dim <= 64 and not short else 3
-    workers = config.option("workers", small if shape.head_dim <= 128 else 1)
-    block = config.option("decode_block", 64)
+    items, short = rows * shape.kv_heads, shape.window is not None and shape.window <= 512
+    # So few that most SMs wait, and time is latency: one wide block a split. Measured for one row of 1k, 8 kv heads:
+    # 9.0 us with splits of 256 keys in blocks of 64, 7.3 with splits of 128 in one.
+    few = 8 * items <= SMS and shape.head_dim <= 128 and not shape.stored and not short
+    block = config.option("decode_block", 128 if few else 64)
+    span = shape.capacity
+    if shape.window is not None:
+        span = min(span, shape.window + piece(shape.page, block) - 1)
+    chunk, workers = split(shape, span, items, ctas, block, 128 if few else 256, config)
     slot = 2 * block * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize
     # Queries of two items, an answer and weights; a reduction's scratch, barriers; converted queries and a tile.
     small = 2 * shape.columns * (3 * shape.head_dim + block) + 2048
     small += 2 * (shape.columns + block) * shape.head_dim if shape.stored else 0
-    fits = ((SMEM - RESERVED) // workers - small) // slot
-    stages = min(config.option("decode_stages", 8), fits)
-    span = shape.capacity
-    if shape.window is not None:
-        span = min(span, shape.window + piece(shape.page, block) - 1)
-    chunk = split(span, rows * shape.kv_heads, workers * ctas, block, config)
-    splits = -(-span // chunk)
-    return decode.Tiling(rows, block, stages, chunk, splits, workers, ctas)
+    stages = min(config.option("decode_stages", 8), ((SMEM - RESERVED) // workers - small) // slot)
+    if stages < 1:
+        asked = f"cfg.options 'workers'={workers}, 'decode_block'={block}"
+        raise ValueError(f"{asked}: no room in shared memory for a block of head_dim={shape.head_dim} each")
+    return decode.Tiling(rows, block, stages, chunk, -(-span // chunk), workers, ctas)
 
 
-def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
-    """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
-    # A split of 512 keys is long where most SMs have none: 9.0 us against 11.5 for one row of 1k, eight kv heads.
-    few = 2 * items * -(-span // 512) <= SMS
-    least = config.option("least_chunk", 256 if few else 512)
+SHORTER = 0.1  # what rows that fill a quarter of their tables count beside full ones
+
+
+def split(
+    shape: Shape, span: int, items: int, ctas: int, block: int, least: int, config: RaggedPageAttentionv2Config
+) -> tuple[int, int]:
+    """(keys a split, workers): what leaves the fewest keys to the busiest SM, with few splits to join.
+
+    All in keys that one SM reads: 15 ns each, when all read. An item costs a bubble that its CTA's other workers fill;
+    workers without an item waste their rings, so one is best where each SM has one item. Measured: 67.8 us against 76.4
+    for 64 rows of 1k by two workers and no splits, 36.7 against 39.0 for 16 rows of 2k by one.
+    """
+    least = config.option("least_chunk", least)
+    several: tuple[int, ...] = (2, 1, 3) if shape.head_dim <= 128 else (1,)
+    if shape.head_dim <= 64 and span > 1024:  # a fourth costs 6 % on short windows, and is worth as much on long rows
+        several = (2, 1, 3, 4)
+    if shape.stored and shape.head_dim <= 128:  # bound by their conversion, for which there are never too many
+        several = (3,)
+    if config.option("workers", 0):
+        several = (config.option("workers", 0),)
     most = min(64, max(1, span // least))
-    several = [config.num_kv_splits] if config.num_kv_splits else range(1, most + 1)
+    splits = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
 
     def chunk(splits: int) -> int:
-        return -(-span // (min(splits, 64) * block)) * block
+        return -(-span // (splits * block)) * block
 
-    def cost(splits: int) -> int:
-        real = -(-span // chunk(splits))
-        return -(-real * items // workers) * chunk(splits) + 32 * real
+    def cost(choice: tuple[int, int], context: int) -> float:
+        keys, workers = min(chunk(choice[0]), context), choice[1]
+        real = -(-context // keys)
+        here = -(-real * items // ctas)
+        join = 120 + 4 * real + real * items / 8 if chunk(choice[0]) < span else 0
+        return -(-here // workers) * workers * keys + here * 100 / workers + join
 
-    return chunk(min(several, key=cost))
+    def worth(choice: tuple[int, int]) -> float:
+        """Rows may be full, as a benchmark's are, or a quarter so, as a server's."""
+        quarter = min(span, max(span // 4, 512))
+        return cost(choice, span) / span + SHORTER * cost(choice, quarter) / quarter
+
+    best = min(((s, w) for s in splits for w in several), key=worth)
+    return chunk(best[0]), best[1]
 
 
 def prefill_tiling(
