@@ -51,7 +51,9 @@ class Scale:
         else:
             tries = [self._log_ticks(steps) for steps in ((1, 2, 5), (1, 3), (1,))]
             found = next((ticks for ticks in tries if len(ticks) <= most), tries[-1][:: -(-len(tries[-1]) // most)])
-        return [(value, si(value, " " if self.unit.isalpha() else "") + self.unit) for value in found]
+        if self.unit == "×":
+            return [(value, f"{value:.3g}×") for value in found]
+        return [(value, si(value, " " if self.unit else "") + self.unit) for value in found]
 
     def _log_ticks(self, steps: tuple[int, ...]) -> list[float]:
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
