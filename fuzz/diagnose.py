@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from fuzz.build import build
-from fuzz.judge import Judgement, judge_rejections
+from fuzz.judge import Judgement, judge_case, judge_rejections
 from fuzz.mutants import model
 from fuzz.mutants.catalogue import BY_ID, MUTANTS, Mutant
 from fuzz.mutants.model import Launch
@@ -72,6 +72,11 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
         return UNKNOWN  # it raises, or is right when asked again
     if judgement.kind != "lse" and not any(e.owned for e in evidence):
         return Diagnosis("dead_rows_garbage", BY_ID["dead_rows_garbage"].group, distance=0.0)
+    if judgement.kind != "lse" and _only_nan(plans, target):
+        leaks = [BY_ID[name] for name in ("minus_one", "v_not_sanitised")]
+        best, mutant = _ranked(leaks, evidence, time.monotonic() + SECONDS)[0]
+        mutant = mutant if best <= ALIKE else leaks[-1]  # whatever its tiles are
+        return Diagnosis(mutant.id, mutant.group, distance=0.0)
     # The last is the largest case: what is unlike there is not tried on the rest.
     known = [m for m in MUTANTS if _numeric(m) and (m.group != "lse" or judgement.kind == "lse")]
     late = time.monotonic() + SECONDS
@@ -83,6 +88,12 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     alike = tuple(m.id for distance, m in ranked[1:4] if distance <= best + 0.02)
     family = _majority([m for distance, m in ranked if distance <= best + 0.02])
     return Diagnosis(mutant.id, family, best, alike)
+
+
+def _only_nan(plans: Sequence[Plan], target: Target) -> bool:
+    """Whether NaN in the slots that no row may see is all that goes wrong: they are multiplied by 0, not left out."""
+    leaks = any(judge_case(build(plan, "nan"), target).kind == "nan" for plan in plans)
+    return leaks and not any(judge_case(build(plan, fill), target).bad for plan in plans for fill in ("huge", "tame"))
 
 
 def _keys(plan: Plan) -> int:

@@ -54,36 +54,62 @@ def script(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosi
 
 
 def _head(target: Target, judgement: Judgement, diagnosis: Diagnosis) -> list[str]:
-    text = f"{target.name}: {judgement.text}".replace("\\", "/").replace('"', "'").split("\n")[0]
-    return [f'"""{text[:240]}', f'{str(diagnosis)[:1].upper()}{str(diagnosis)[1:]}."""', *_imports(target)]
+    """What is wrong in two lines of words."""
+    v, told = judgement.verdict, f"{str(diagnosis)[:1].upper()}{str(diagnosis)[1:]}."
+    if v is None or v.got is None or v.token is None:
+        text = judgement.text
+    else:
+        where = f"row {v.token}, head {v.head}" + (f", dim {v.dim}" if v.dim is not None else "")
+        whose = "of no sequence" if v.sequence is None else f"at position {v.position} of sequence {v.sequence}"
+        what = "the lse" if judgement.kind == "lse" else "the answer"
+        text = (
+            f"{what} is {v.got:.9g}; right is {v.expected:.9g}, and rounding explains {v.bound:.3g} ({where}, {whose})"
+        )
+        told = f"{v.key[:1].upper()}{v.key[1:]}. {told}" if v.key else told
+    text = f"{target.name}: {text}".replace("\\", "/").replace('"', "'").split("\n")[0]
+    return [f'"""{text[:240]}.', f'{told}"""']
 
 
-def _imports(target: Target) -> list[str]:
+# Ours that need nothing around the call: their scripts import what a user would.
+_PUBLIC = ("xla", "triton")
+
+
+def _imports(target: Target, body: list[str]) -> list[str]:
+    """NumPy, and the target as a function."""
     module, _, function = target.name.partition(":")
     known = target.name in BACKENDS or target.name in ADAPTERS or module == "mutant" or not function
-    how = f'from fuzz.targets import load; target = load("{target.name}").call'
+    if target.name in _PUBLIC:
+        how = "from rpa import ragged_page_attention_v2 as target"
+    elif known or "." in function:
+        how = f'from fuzz.targets import load; target = load("{target.name}").call'
+    else:
+        how = f"from {module} import {function} as target"
     return [
-        "import ml_dtypes, numpy as np",
-        how if known or "." in function else f"from {module} import {function} as target",
+        "import ml_dtypes, numpy as np" if any("ml_dtypes." in line for line in body) else "import numpy as np",
+        how,
     ]
 
 
-def _arguments(case: Case, lse: bool = False) -> list[str]:
+def _script(target: Target, judgement: Judgement, diagnosis: Diagnosis, body: list[str]) -> str:
+    return "\n".join([*_head(target, judgement, diagnosis), *_imports(target, body), *body]) + "\n"
+
+
+def _arguments(case: Case, target: Target, lse: bool = False) -> list[str]:
     """The call's arguments, one line each, numbers spelled out; a big array comes from the file beside the script."""
     lines = []
-    for name, short in (("queries", "q"), ("kv_pages", "kv")):
+    for name, short, words in (
+        ("queries", "q", "[tokens, query heads, head size]"),
+        ("kv_pages", "kv", "[pages, slots, key and value of each kv head, head size]"),
+    ):
         value = getattr(case, name)
-        if value.size > SEED_LIMIT:
-            lines.append(
-                f'{short} = __import__("oracle").Case.load(__file__.replace("reproduce.py", "case.npz")).{name}'
-            )
-        else:
-            lines.append(f"{short} = {array_literal(value)}")
+        file = f'__import__("oracle").Case.load(__file__.replace("reproduce.py", "case.npz")).{name}'
+        lines.append(f"{short} = {file if value.size > SEED_LIMIT else array_literal(value)}  # {words}")
     metadata = ", ".join(array_literal(a) for a in (case.context_lens, case.block_tables, case.query_start_loc))
     lines.append(f"context_lens, tables, starts = {metadata}")
     sinks = "None" if case.softmax_aux is None else array_literal(case.softmax_aux)
     lines.append(f"num_seqs, sinks = np.array([{case.num_seqs}], np.int32), {sinks}")
     options = case.options | ({"return_lse": True} if lse else {})
+    options |= {"platform": target.name} if target.name in _PUBLIC else {}
     lines.append(f"options = dict({', '.join(f'{name}={_plain(value)}' for name, value in options.items())})")
     return lines
 
@@ -108,14 +134,13 @@ def _nobodys_row(case: Case, target: Target, judgement: Judgement, diagnosis: Di
     """A row that no sequence owns must be 0, its lse -inf."""
     v = judgement.verdict
     assert v is not None
-    lines = [
-        *_head(target, judgement, diagnosis),
-        *_arguments(case, judgement.kind == "lse"),
+    body = [
+        *_arguments(case, target, judgement.kind == "lse"),
         f"row, head, dim = {v.token}, {v.head}, {v.dim}  # past the last sequence's queries",
         f"got = {_got(judgement)}",
         f'print(f"expected={v.expected} {{got=}} bound=0: the row belongs to no sequence")',
     ]
-    return "\n".join(lines) + "\n"
+    return _script(target, judgement, diagnosis, body)
 
 
 def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
@@ -124,32 +149,52 @@ def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: D
     assert v is not None
     kv_head = (v.head or 0) // case.group
     k_scale, v_scale = (_scale_at(s, kv_head) for s in (case.k_scale, case.v_scale))
-    sink = "-np.inf" if case.softmax_aux is None else f"float(sinks[{v.head}])"
-    cap = case.logits_soft_cap
-    low = 0 if case.sliding_window is None else f"max(0, position - {case.sliding_window - 1})"
-    total = f"    return float(sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300))"
-    lines = [
-        *_head(target, judgement, diagnosis),
-        *_arguments(case, lse),
+    scale = "" if case.scale == 1 else f"{case.scale!r} * "
+    sink = "" if case.softmax_aux is None else f" + [float(sinks[{v.head}])]"
+    capped = "x[:-1]" if sink else "x"
+    cap, page = case.logits_soft_cap, case.page_size
+    slot = "tables[sequence, j], 0" if page == 1 else f"tables[sequence, j // {page}], j % {page}"
+    total = f"sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300)"
+    window = case.sliding_window
+    first = "" if window is None else "position, " if window == 1 else f"max(0, position - {window - 1}), "
+    broken = v.got is not None and np.isnan(v.got) and np.isnan(case.kv_pages.astype(np.float32)).any()
+    body = [
+        *_arguments(case, target, lse),
         f"row, head, dim, sequence, position = {v.token}, {v.head}, {v.dim}, {v.sequence}, {v.position}",
         f"got = {_got(judgement)}",
         "",
-        f"def attend(keys):  # float64, query head {v.head}, kv head {kv_head}, over these keys of the sequence",
-        f"    slots = [kv[tables[sequence, j // {case.page_size}], j % {case.page_size}].astype(float) for j in keys]",
-        f"    x = np.array([{case.scale!r} * q[row, head].astype(float) @ s[{2 * kv_head}]{k_scale} for s in slots] + [{sink}])",
-        *([f"    x[:-1] = {cap} * np.tanh(x[:-1] / {cap})"] if cap else []),
-        "    w = np.exp(x - max(x.max(), -1e30))",
-        "    return float(x.max() + np.log(max(w.sum(), 1e-300)))  # the lse" if lse else total,
+        f"def attend(keys):  # in float64: query head {v.head}, kv head {kv_head}, over these keys of the sequence",
+        f"    slots = [kv[{slot}].astype(float) for j in keys]",
+        f"    x = np.array([{scale}q[row, head].astype(float) @ s[{2 * kv_head}]{k_scale} for s in slots]{sink})",
+        *([f"    {capped} = {cap:g} * np.tanh({capped} / {cap:g})"] if cap else []),
+        "    m = x.max(initial=-1e30); w = np.exp(x - m)",
+        "    return float(m + np.log(max(w.sum(), 1e-300)))  # the lse" if lse else f"    return float({total})",
         "",
-        f"seen = set(range({low}, position + 1))",
+        f"seen = set(range({first}position + 1))",
         f'print(f"expected={{attend(sorted(seen)):.9g}} {{got=:.9g}} bound={v.bound:.3g}")',
-        f"changed = {{j: attend(sorted(seen ^ {{j}})) for j in range(tables.shape[1] * {case.page_size})"
-        f" if 0 <= tables[sequence, j // {case.page_size}] < len(kv)}}",
+        *(_without_nan(judgement) if broken else _which_key(page, v.bound or 0.0)),
+    ]
+    return _script(target, judgement, diagnosis, body)
+
+
+def _which_key(page: int, bound: float) -> list[str]:
+    """The lines that look for one key which is missing, or was read and should not be."""
+    keys = "tables.shape[1]" if page == 1 else f"tables.shape[1] * {page}"
+    entry = "tables[sequence, j]" if page == 1 else f"tables[sequence, j // {page}]"
+    return [
+        f"changed = {{j: attend(sorted(seen ^ {{j}})) for j in range({keys}) if 0 <= {entry} < len(kv)}}",
         "key = min(changed, key=lambda j: abs(changed[j] - got), default=None)",
-        f"explained = key is not None and abs(changed[key] - got) <= {v.bound:.9g}",
+        f"explained = key is not None and abs(changed[key] - got) <= {bound:.9g}",
         """print(f"as if key {key} were {'missing' if key in seen else 'seen too'}" if explained else "no one key explains it")""",
     ]
-    return "\n".join(lines) + "\n"
+
+
+def _without_nan(judgement: Judgement) -> list[str]:
+    """The lines that show where a NaN comes from: the slots that no row may see."""
+    return [
+        "kv = np.where(np.isnan(kv.astype(float)), 3, kv.astype(float)).astype(kv.dtype)  # no row may see the NaN",
+        f'print("with 3 in the place of each NaN: got=%.9g" % {_got(judgement)})',
+    ]
 
 
 def _scale_at(scale: object, head: int) -> str:
@@ -160,12 +205,12 @@ def _scale_at(scale: object, head: int) -> str:
 
 def _two_calls(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
     """The calls that show a failure which is no single wrong number: what happens, then what must."""
-    lines = [*_head(target, judgement, diagnosis), *_arguments(case), *_CALLS.get(judgement.kind, _PLAIN)]
+    lines = [*_arguments(case, target), *_CALLS.get(judgement.kind, _PLAIN)]
     if judgement.kind == "accepts":
         name, _, value = judgement.text.split(" ")[0].partition("=")
         lines = [line for line in lines if line not in _PLAIN]
         lines += [f'print("must raise ValueError naming {name}:")', _CALL.replace("**options", f'**dict(options, {name}=float("{value}"))').join(("print(", ")"))]  # fmt: skip
-    return "\n".join(line.replace("CALL", _CALL) for line in lines) + "\n"
+    return _script(target, judgement, diagnosis, [line.replace("CALL", _CALL) for line in lines])
 
 
 _PLAIN = ("print(np.asarray(CALL).astype(float))",)
@@ -174,7 +219,7 @@ _CALLS = {
         "answers = []",
         "for _ in range(20):",
         "    answers.append(np.asarray(CALL).tobytes())",
-        "    target(q, -kv, context_lens, tables, starts, num_seqs, sinks, **options)  # leaves nothing behind",
+        "    target(q, -kv, context_lens, tables, starts, num_seqs, sinks, **options)  # must leave nothing behind",
         'print("different answers to equal calls:", len(set(answers)), "must be 1")',
     ),
     "input": (
