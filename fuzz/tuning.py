@@ -39,13 +39,13 @@ def distinct(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_to_tune(platform: str) -> list[Cell]:
-    """On a GPU a decode and a prefill of each preset that has no benchmark, then the benchmarks' cells, in order."""
-    cells, added = cells_for(platform), []
+    """The benchmarks' cells, most valuable first, and on a GPU a decode and a prefill of each preset they leave out."""
+    cells = cells_for(platform)
     covered = {(cell.model.name, cell.layer.name) for cell in cells}
     presets = {(model.name, layer.name) for model in MODELS.values() if model.name != "tiny" for layer in model.layers}
     for preset in sorted(presets - covered) if platform == "gpu" else ():
-        added += [decode(*preset, 64, 8192), prefill(*preset, 1, 8192)]
-    return added + cells
+        cells += [decode(*preset, 64, 8192), prefill(*preset, 1, 8192)]
+    return cells
 
 
 def each(cells: Sequence[Cell], platform: str, iters: int, end: float, workers: int = 1) -> Iterator[Outcome]:

@@ -189,10 +189,10 @@ def stem(signature: Signature, platform: str, sharding: str) -> str:
 
 
 def _nearest(table: Mapping[str, Any], stem: str) -> Lookup:
-    """The config that ships for calls like this one, and the reason.
+    """The config that ships for the calls most like this one, and the reason.
 
     An entry for as many tokens in pages of another size serves as it is, since GPU blocks are in tokens; one for other
-    sizes of the same model names the backend, and leaves the block sizes to it.
+    sizes or options of the same heads and dtypes names the backend, and leaves the block sizes to it.
     """
     far, key = min(((_distance(stem, key.partition("|")[2]), key) for key in table), default=(math.inf, ""))
     if far == math.inf:
@@ -204,26 +204,29 @@ def _nearest(table: Mapping[str, Any], stem: str) -> Lookup:
 
 
 def _distance(one: str, other: str) -> float:
-    """How far apart two calls stand, in doublings of their sizes; infinite where anything else differs."""
-    (sizes, rest), (others, others_rest) = _parsed(one), _parsed(other)
-    if rest != others_rest or sizes.keys() != others.keys():
+    """How far apart two calls stand: doublings of their sizes, eight for an option, infinite for other heads."""
+    (sizes, model, options), (other_sizes, other_model, other_options) = _parsed(one), _parsed(other)
+    if model != other_model:
         return math.inf
-    # A page's size is worth less than anything else, as long as it holds no more tokens in all.
-    return sum(abs(sizes[name] - others[name]) / (64 if name == "page" else 1) for name in sizes)
+    # A page's size is worth less than anything else, as long as the table holds no more tokens in all.
+    doublings = (abs(size - other_sizes[name]) / (64 if name == "page" else 1) for name, size in sizes.items())
+    return sum(doublings) + 8 * len(options ^ other_options)
 
 
 @lru_cache(maxsize=4096)
-def _parsed(stem: str) -> tuple[dict[str, float], frozenset[str]]:
-    """The sizes that a key tells, as powers of two, and the rest of it."""
-    sizes, rest = {}, set()
+def _parsed(stem: str) -> tuple[dict[str, float], frozenset[str], frozenset[str]]:
+    """What a key tells: sizes as powers of two, what makes a model (and whether it decodes), and options."""
+    sizes: dict[str, float] = {"window<": 20.0}  # where there is none, one of a million tokens
+    model, options = set(), set()
     for word in stem.split():
         name, _, value = word.partition("=")
         if name in ("tokens<", "seqs<", "pages<", "page", "window<"):
             sizes[name] = math.log2(int(value))
         else:
-            rest.add(word)
+            (model if name in ("heads", "dim", "q", "kv", "compute") else options).add(word)
     sizes["pages<"] += sizes["page"]  # from pages to tokens
-    return sizes, frozenset(rest | {"decode"} if sizes["tokens<"] <= sizes["seqs<"] else rest)
+    model |= {"decode"} if sizes["tokens<"] <= sizes["seqs<"] else set()
+    return sizes, frozenset(model), frozenset(options)
 
 
 def _bucket(count: int) -> int:
