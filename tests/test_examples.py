@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import deque
 from itertools import pairwise
 
 import jax
@@ -34,8 +35,40 @@ def test_batching_really_is_continuous(params, monkeypatch):
     monkeypatch.setattr(serving, "serve_step", lambda *args: seen.append(args[3]) or step(*args))
     serving.serve(Config(), params, serving.requests_of(Config(), 10))
     counts = [np.diff(batch["query_start_loc"])[: batch["num_seqs"][0]] for batch in seen]
+    tables = [[set(row) - {0} for row in batch["block_tables"][: batch["num_seqs"][0]]] for batch in seen]
+    assert any(a & b for rows in tables for a, b in pairwise(rows)), "no two requests shared a page"
     assert any((rows == 1).any() and (rows > 1).any() for rows in counts)
-    assert any(a.size < b.size for a, b in pairwise(counts))
+    lens = [batch["context_lens"][: rows.size] for batch, rows in zip(seen, counts, strict=True)]
+    assert any((n == rows).any() and (n > rows).any() for n, rows in zip(lens, counts, strict=True))
+
+
+def test_requests_with_one_beginning_share_its_pages(params):
+    """The shared pages are computed once, read by both, and free again when the last of them ends."""
+    config, pool = Config(), serving.Pool(list(range(Config().num_pages)))
+    prompt = list(range(20))
+    first, second = Request([*prompt, 90], 4), Request([*prompt, 91], 4)
+    waiting, running = deque([first]), []
+    serving._admit(config, waiting, running, pool)
+    first.computed = len(first.prompt)
+    pool.learn(first, config.page_size)
+    waiting.append(second)
+    serving._admit(config, waiting, running, pool)
+    full = len(prompt) // config.page_size
+    assert second.pages[:full] == first.pages[:full]
+    assert second.computed == full * config.page_size
+    assert not set(second.pages[full:]) & set(first.pages)
+    pool.give_back(first.pages)
+    assert not set(second.pages) & set(pool.free)
+    pool.give_back(second.pages)
+    assert sorted(pool.free) == list(range(config.num_pages))
+    assert not pool.known
+
+
+def test_a_prompt_that_is_known_whole_still_computes_a_token(params):
+    pool, prompt = serving.Pool(list(range(8))), list(range(16))
+    held = Request(prompt, 1, computed=16, pages=pool.take([], 3))
+    pool.learn(held, page_size=8)
+    assert pool.shared(prompt, page_size=8) == held.pages[:1]
 
 
 def test_the_cache_is_written_in_place(params):

@@ -2,14 +2,15 @@
 
     uv run python tests/examples/serving.py
 
-Random weights, real code path: embedding, RoPE, grouped queries, a paged cache that is written in place, local
-and global layers, greedy decoding. Every step is one call of one compiled program, whatever requests are in it.
+Random weights, real code path: embedding, RoPE, grouped queries, a paged cache that is written in place, pages that
+requests with the same beginning share, local and global layers, greedy decoding. Every step is one call of one
+compiled program, whatever requests are in it.
 `dense_generate` is the same decoder with plain causal attention, one request at a time; the tokens are equal.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -146,28 +147,65 @@ class Request:
         return self.prompt + self.generated
 
 
+@dataclass
+class Pool:
+    """Who uses which page, and which pages hold the beginning of a prompt that another request may have too."""
+
+    free: list[int]
+    users: Counter = field(default_factory=Counter)
+    known: dict[tuple[int, ...], int] = field(default_factory=dict)  # all tokens up to a page's end -> the page
+
+    def shared(self, prompt: list[int], page_size: int) -> list[int]:
+        """Pages whose keys and values a prompt need not compute; its last token is always left to compute."""
+        pages = []
+        for stop in range(page_size, len(prompt), page_size):
+            page = self.known.get(tuple(prompt[:stop]))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def take(self, shared: list[int], fresh: int) -> list[int]:
+        pages = shared + [self.free.pop() for _ in range(fresh)]
+        self.users.update(pages)
+        return pages
+
+    def learn(self, request: Request, page_size: int) -> None:
+        """Offer the prompt's full pages that are computed; a page is written once, so it can be read by all."""
+        for index in range(min(request.computed, len(request.prompt)) // page_size):
+            self.known.setdefault(tuple(request.prompt[: (index + 1) * page_size]), request.pages[index])
+
+    def give_back(self, pages: list[int]) -> None:
+        self.users.subtract(pages)
+        gone = {page for page in pages if not self.users[page]}
+        self.known = {tokens: page for tokens, page in self.known.items() if page not in gone}
+        self.free += gone
+
+
 def serve(config: Config, params: dict, requests: list[Request]) -> list[list[int]]:
     """Generate for all requests, as many at a time as rows, slots and pages allow."""
-    cache, free = new_cache(config), list(range(config.num_pages))
+    cache, pool = new_cache(config), Pool(list(range(config.num_pages)))
     waiting, running = deque(requests), []
     while waiting or running:
-        _admit(config, waiting, running, free)
+        _admit(config, waiting, running, pool)
         rows = _rows_of_step(config, running)
         following, cache = serve_step(config, params, cache, _batch(config, running, rows))
-        _advance(running, rows, np.asarray(following), free)
+        _advance(config, running, rows, np.asarray(following), pool)
     return [request.generated for request in requests]
 
 
-def _admit(config: Config, waiting: deque, running: list, free: list) -> None:
+def _admit(config: Config, waiting: deque, running: list, pool: Pool) -> None:
     """Take waiting requests while there is a slot, and pages for all that the request may ever hold."""
     while waiting and len(running) < config.max_seqs:
         need = -(-(len(waiting[0].prompt) + waiting[0].max_new) // config.page_size)
-        if need > config.pages_per_seq:
+        if need > min(config.pages_per_seq, config.num_pages):
             raise ValueError(f"a request needs {need} pages, a table row has {config.pages_per_seq}")
-        if need > len(free):
+        shared = pool.shared(waiting[0].prompt, config.page_size)
+        if need - len(shared) > len(pool.free):
             return
         request = waiting.popleft()
-        request.pages = [free.pop() for _ in range(need)]
+        request.pages = pool.take(shared, need - len(shared))
+        request.computed = len(shared) * config.page_size
         running.append(request)
 
 
@@ -214,17 +252,18 @@ def _batch(config: Config, running: list, rows: list[int]) -> dict:
     }
 
 
-def _advance(running: list, rows: list[int], following: np.ndarray, free: list) -> None:
+def _advance(config: Config, running: list, rows: list[int], following: np.ndarray, pool: Pool) -> None:
     """Note what was computed; a sequence whose last token was a query gets its next one."""
     last = np.cumsum(rows) - 1
     for request, count, row in zip(list(running), rows, last, strict=True):
         request.computed += count
+        pool.learn(request, config.page_size)
         if request.computed < len(request.tokens):
             continue
         request.generated.append(int(following[row]))
         if len(request.generated) == request.max_new:
             running.remove(request)
-            free += request.pages
+            pool.give_back(request.pages)
 
 
 # ---------------------------------------------------------------------------------- the same, without pages
@@ -258,12 +297,11 @@ def _dense_step(config: Config, params: dict, tokens):
 
 
 def requests_of(config: Config, count: int, seed: int = 0) -> list[Request]:
-    """Random prompts, some longer than a step's budget."""
+    """Random prompts, some longer than a step's budget; every other one begins with the same 20 tokens."""
     rng = np.random.default_rng(seed)
-    return [
-        Request(rng.integers(0, config.vocab, rng.integers(1, 40)).tolist(), int(rng.integers(1, 20)))
-        for _ in range(count)
-    ]
+    system = rng.integers(0, config.vocab, 20).tolist()
+    prompts = [rng.integers(0, config.vocab, rng.integers(1, 25)).tolist() for _ in range(count)]
+    return [Request(system * (i % 2) + prompt, int(rng.integers(1, 20))) for i, prompt in enumerate(prompts)]
 
 
 def main() -> None:
