@@ -227,7 +227,7 @@ class Coverage:
         if not barred:
             return self.pairs, len(valid_pairs())
         seen = self.seen
-        return len(seen), sum(pair in seen or not _within(pair, barred) for pair in valid_pairs())
+        return len(seen), sum(pair in seen or not within(pair, barred) for pair in valid_pairs())
 
     def triple_share(self, barred: Set[tuple[Feature, ...]] = frozenset()) -> tuple[int, int]:
         """(triples seen, triples possible), by matrix products: one row a feature set, one column a feature."""
@@ -236,10 +236,10 @@ class Coverage:
             table[row, _bits(found)] = 1
         together = [(table[table[:, i] > 0].T @ table[table[:, i] > 0]) > 0 for i in range(len(_FEATURES))]
         tried = [bool(together[_ID[a]][_ID[b], _ID[c]]) for a, b, c in valid_triples()]
-        valid = [seen or not _within(t, barred) for seen, t in zip(tried, valid_triples(), strict=True)]
+        valid = [seen or not within(t, barred) for seen, t in zip(tried, valid_triples(), strict=True)]
         return sum(tried), sum(valid)
 
 
-def _within(features: tuple[Feature, ...], barred: Set[tuple[Feature, ...]]) -> bool:
+def within(features: tuple[Feature, ...], barred: Set[tuple[Feature, ...]]) -> bool:
     """Whether a feature or a pair of these is barred."""
     return bool(barred) and any(part in barred for size in (1, 2) for part in itertools.combinations(features, size))

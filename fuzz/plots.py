@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from html import escape
 from typing import Any
 
-from fuzz.coverage import AXES, Feature, Pair, valid_pairs
+from fuzz.coverage import AXES, Feature, Pair, valid_pairs, within
 
 
 def bars(rows: Sequence[tuple[str, float, str]], width: int = 320) -> str:
@@ -28,8 +28,11 @@ def bars(rows: Sequence[tuple[str, float, str]], width: int = 320) -> str:
     return _svg(width, len(rows) * line, parts)
 
 
-def matrix(seen: set[Pair], cell: int = 10) -> str:
-    """Pairs of features: tried, possible but not tried, impossible. The lower triangle, axes apart by a gap."""
+def matrix(seen: Set[Pair], barred: Set[tuple[Feature, ...]] = frozenset(), cell: int = 10) -> str:
+    """Pairs of features: tried, possible but not tried, impossible or barred by the target.
+
+    The lower triangle, axes apart by a gap; in the empty squares of the diagonal stand the names of the axes.
+    """
     order: list[Feature] = [(axis, value) for axis, values in AXES.items() for value in values]
     gap, left, top = 5, 120, 8
     place, position, last = {}, 0, None
@@ -43,12 +46,17 @@ def matrix(seen: set[Pair], cell: int = 10) -> str:
         f"{escape(name_of(f))}</text>"
         for f in order
     ]
+    parts += [
+        f'<text class="axis" x="{left + place[axis, values[0]] + 2}" y="{top + place[axis, values[-1]] + cell - 2}">'
+        f"{escape(axis.replace('_', ' '))}</text>"
+        for axis, values in AXES.items()
+    ]
     for i, b in enumerate(order):
         for a in order[:i]:
             if a[0] == b[0]:
                 continue
-            kind = "hit" if (a, b) in seen else "miss" if (a, b) in valid else "void"
-            words = {"hit": "tried", "miss": "not tried", "void": "impossible"}[kind]
+            kind = "hit" if (a, b) in seen else "miss" if (a, b) in valid and not within((a, b), barred) else "void"
+            words = {"hit": "tried", "miss": "not tried", "void": "impossible, or not taken"}[kind]
             at = f'x="{left + place[a]}" y="{top + place[b]}" width="{cell - 1}" height="{cell - 1}"'
             parts.append(
                 f'<rect class="{kind}" {at}>'

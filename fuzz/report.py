@@ -132,7 +132,7 @@ def page(
     return environment.get_template("report.html.j2").render(
         s=whole, headline=words, colour=colour, versions=versions(), tiles=_tiles(whole), failures=failures,
         ratios=[(axis.replace("_", " "), Markup(plot)) for axis, plot in _ratio_plots(tally)],
-        coverage=Markup(plots.matrix(tally.coverage.seen)) if tally.coverage.pairs else None,
+        coverage=Markup(plots.matrix(tally.coverage.seen, tally.barred)) if tally.coverage.pairs else None,
         triples=triples, never=_in_words(whole.get("never_taken", {})), **(_kill_parts(kills) if kills else {}),
     )  # fmt: skip
 
@@ -175,8 +175,9 @@ def _kill_parts(kills: dict[str, Any]) -> dict[str, Any]:
     for kill in kills["mutants"]:
         groups.setdefault(kill["group"], []).append((kill["id"], kill["cases"], kill["killed"]))
     killed = [kill for kill in kills["mutants"] if kill["killed"]]
-    words = (f"{len(killed)} of {len(kills['mutants'])} known bugs are noticed; "
-             f"{len(kills['alarms'])} false alarms in {kills['alarm_cases']:,} cases of the right kernel.")  # fmt: skip
+    words = f"{len(killed)} of {len(kills['mutants'])} known bugs are noticed."
+    if kills["alarm_cases"]:
+        words += f" {len(kills['alarms'])} false alarms in {kills['alarm_cases']:,} cases of the right kernel."
     usual = [(name, f"{count} of {len(kills['mutants'])}") for name, count in kills["usual"].items()]
     return {"kills": Markup(plots.dots(groups, kills["limit"])), "kill_words": words,
             "usual": [("this search", f"{len(killed)} of {len(kills['mutants'])}"), *usual]}  # fmt: skip

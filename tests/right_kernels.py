@@ -5,6 +5,7 @@ They have the contract's signature and declare nothing, as somebody's kernel wou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,6 +79,52 @@ def two_passes_in_float64(*arrays: Any, **options: Any) -> np.ndarray:
     return output
 
 
+def _merged(a: tuple, b: tuple) -> tuple:
+    """Two partial answers (maximum, sum, weighted values) as one."""
+    m = max(a[0], b[0])
+    left, right = np.exp2(a[0] - m), np.exp2(b[0] - m)
+    return m, left * a[1] + right * b[1], left * a[2] + right * b[2]
+
+
+def tree_of_odd_blocks(*arrays: Any, **options: Any) -> np.ndarray:
+    """Blocks that begin at 1, 4, 7, ... in powers of two, the weights rounded for their dot, merged two by two; the
+    sink is a block of its own, and comes last."""
+    case = _case(arrays, options)
+    dots = dtype_of(model_kernel.operand_dtype(case))
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, sequence, low, high in _rows(case):
+        x, v = one_row(case, row, head, sequence, low, high, np.float32)
+        x = x * np.float32(np.log2(np.e))
+        edges = [0, *range(1, len(v), 3), len(v)]
+        parts = []
+        for i, j in itertools.pairwise(edges):
+            p = np.exp2(x[i:j] - x[i:j].max())
+            parts.append((x[i:j].max(), p.sum(), p.astype(dots).astype(np.float32) @ v[i:j]))
+        while len(parts) > 1:
+            pairs = [_merged(*parts[i : i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+            parts = pairs
+        if len(x) > len(v):
+            parts = [_merged(parts[0], (x[-1], np.float32(1), np.float32(0)))]
+        _, total, values = parts[0]
+        output[row, head] = (values / total).astype(output.dtype)
+    return output
+
+
+def sums_in_chunks(*arrays: Any, **options: Any) -> np.ndarray:
+    """Right to left in chunks of five keys, each chunk summed for itself; the maximum known before."""
+    case = _case(arrays, options)
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, sequence, low, high in _rows(case):
+        x, v = one_row(case, row, head, sequence, low, high, np.float32)
+        p = np.exp(x - x.max())
+        total, weight = np.zeros(case.head_dim, np.float32), p[len(v) :].sum(dtype=np.float32)
+        for stop in range(len(v), 0, -5):
+            chunk = slice(max(0, stop - 5), stop)
+            total, weight = total + p[chunk] @ v[chunk], weight + p[chunk].sum()
+        output[row, head] = (total * (np.float32(1) / weight)).astype(output.dtype)
+    return output
+
+
 KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "block 7, split 3, last block first": styled(block=7, splits=3, reverse=True),
     "block 33, base 2, scaled queries": styled(block=33, base2=True, sink_first=True, scale_query=True),
@@ -85,4 +132,7 @@ KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "rounded weights in the sum": styled(block=100, rounded_weights_in_sum=True, scales_on_operands=True),
     "one pass": one_pass,
     "two passes in float64": two_passes_in_float64,
+    "a tree of odd blocks": tree_of_odd_blocks,
+    "sums in chunks": sums_in_chunks,
+    "block 3, split 2": styled(block=3, splits=2),
 }

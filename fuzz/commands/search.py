@@ -131,8 +131,8 @@ def _progress(settings: Any, console: Any) -> Any:
                 done = tally.cases if settings.max_examples else tally.seconds
                 rate = tally.cases / tally.seconds if tally.seconds else 0.0
                 seen, possible = tally.pairs()
-                told = (f"{tally.cases} cases, {rate:.0f}/s, worst {tally.worst:.2f} of the bound, "
-                        f"pairs {seen / possible:.0%}, {len(tally.failures)} failures")  # fmt: skip
+                told = (f"{tally.cases} cases, {rate:.0f}/s, error/bound {tally.worst:.2f}, "
+                        f"pairs {seen / max(possible, 1):.0%}, failures {len(tally.failures)}")  # fmt: skip
                 progress.update(task, completed=min(done, total), told=told)
 
             yield watch
