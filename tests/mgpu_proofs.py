@@ -37,7 +37,8 @@ from rpa.device import Device
 from rpa.signature import Inputs, Signature
 
 DEVICE = Device("gpu", "NVIDIA H100", (9, 0), interpreted=True)
-SPLIT = {"ctas": 1, "least_chunk": 64, "decode_block": 64}  # one CTA, so that each worker runs several items
+# One CTA, so that each worker runs several items.
+SPLIT = {"ctas": 1, "least_chunk": 64, "decode_block": 64, "mixed_chunk": 64}
 SMALL = Shape(rows=6, seqs=5, pages_per_seq=24, pages=60, page=8, q_heads=4, kv_heads=2, head_dim=64)
 TILED = dataclasses.replace(SMALL, rows=136, seqs=2, q_heads=2, kv_heads=1, head_dim=16)
 BOTH = dataclasses.replace(SMALL, rows=40, q_heads=2, kv_heads=1)
@@ -111,6 +112,7 @@ KERNELS: dict[str, Callable[[], Case]] = {
         dtype="float16",
         compute_dtype="float16",
     ),
+    "mixed_splits": lambda: build((5, 1, 20, 1), (70, 190, 20, 33), BOTH, **BF16),
     "mixed_edges": lambda: build((5, 1, 20, 1), (70, 190, 20, 33), BOTH, **EDGES, **BF16),
 }
 

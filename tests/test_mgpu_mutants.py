@@ -21,7 +21,7 @@ CAUGHT_BY = {
     "k_scale_head0": "decode_e5m2", "widened_unfenced": "decode_e5m2",
     "converted_unwaited": "prefill_fp8", "converted_over": "prefill_fp8", "v_scale_last": "prefill_fp8",
     "places_unequal": "places", "unit_forgotten": "decode_fp8",
-    "halved_unfenced": "prefill_fp8",
+    "halved_unfenced": "prefill_fp8", "joined_at_sequence": "mixed_splits",
 }  # fmt: skip
 FAST = ("split_floor", "lanes_prefix")
 RUN = "import runpy, sys; sys.path.insert(0, {tests!r}); runpy.run_path({proofs!r}, run_name='__main__')"

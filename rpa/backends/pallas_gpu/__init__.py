@@ -95,16 +95,14 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
 
 def with_singles(output, lse, parts: decode.Outputs, own: plan.Owners, sinks, shape: Shape, tiling: decode.Tiling):
     """Output and lse with the rows of the one-token sequences, which decode answered."""
+    if tiling.splits > 1:
+        return combine.combine(parts, sinks, shape, tiling, lse is not None, (output, lse, own.start))
     single = own.live & own.valid & (own.stop - own.start == 1)
     token = jnp.where(single, own.start, shape.tokens + jnp.arange(single.shape[0]))  # past the end: dropped
-    if tiling.splits > 1:
-        rows, row_lse = combine.combine(parts, sinks, shape, tiling, lse is not None)
-    else:
-        here = jnp.minimum(own.start, shape.tokens - 1)
-        rows, row_lse = parts.output[here], None if lse is None else parts.lse[here]
-    output = output.at[token].set(rows, mode="drop", unique_indices=True)
+    here = jnp.minimum(own.start, shape.tokens - 1)
+    output = output.at[token].set(parts.output[here], mode="drop", unique_indices=True)
     if lse is not None:
-        lse = lse.at[token].set(row_lse, mode="drop", unique_indices=True)
+        lse = lse.at[token].set(parts.lse[here], mode="drop", unique_indices=True)
     return output, lse
 
 

@@ -22,11 +22,13 @@ SLICE = 64  # of the head size
 GROUPS = 2  # warpgroups a CTA
 
 
-def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse: bool):
+def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse: bool, into=None):
     """(output [R, Hq, D], lse f32 [R, Hq] or None) of the decode rows, nobody's and invalid sequences' included.
 
     Args:
         sinks: f32 [heads] or None.
+        into: (output [T, Hq, D], lse f32 [T, Hq] or None, i32 [R] first query row of each sequence): what is to be
+            returned but for the rows of decode.
     """
     n, d = shape.columns, shape.head_dim
     slices = d // SLICE
@@ -36,19 +38,16 @@ def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse
     def body(acc_ref, m_ref, l_ref, live_ref, *rest):
         rest = list(rest)
         sinks_ref = rest.pop(0) if sinks is not None else None
+        start_ref = rest.pop(0) if into is not None else None
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
         out, stage = rest
         wg = lax.axis_index("wg")
         me = lax.axis_index("cta") * GROUPS + wg
 
-        @pl.loop(0, lax.div(jnp.maximum(work - me + (GROUPS * ctas - 1), 0), I32(GROUPS * ctas)))
-        def _(i):
-            index = me + i * GROUPS * ctas
+        def one(index, row, token, live):
             column = lax.rem(index, I32(slices)) * SLICE
             head = lax.rem(lax.div(index, I32(slices)), I32(shape.kv_heads))
-            row = lax.div(index, I32(slices * shape.kv_heads))
-            live = live_ref[row]
             acc, m, l = joined(row, head, column, live, acc_ref, m_ref, l_ref, shape, tiling)
             first, before = heads_at(head, shape)
             sink = None
@@ -60,13 +59,23 @@ def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse
             stage[wg] = lse
             plgpu.commit_smem()
             heads = pl.ds(head * shape.group, shape.group)
-            target = o_ref.at[row, heads, pl.ds(column, SLICE)]
+            target = o_ref.at[token, heads, pl.ds(column, SLICE)]
             plgpu.copy_smem_to_gmem(out.at[wg, pl.ds(before, shape.group)], target)
             if lse_ref is not None:
 
                 @pl.loop(0, jnp.where(column == 0, shape.group, 0))
                 def _(j):
-                    lse_ref[row, head * shape.group + j] = stage[wg, before + j]
+                    lse_ref[token, head * shape.group + j] = stage[wg, before + j]
+
+        @pl.loop(0, lax.div(jnp.maximum(work - me + (GROUPS * ctas - 1), 0), I32(GROUPS * ctas)))
+        def _(i):
+            index = me + i * GROUPS * ctas
+            row = lax.div(index, I32(slices * shape.kv_heads))
+            live = live_ref[row]
+            if start_ref is None:
+                one(index, row, row, live)
+            else:
+                pl.when(live > 0)(lambda: one(index, row, start_ref[row], live))
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -74,6 +83,12 @@ def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse
     types = [jax.ShapeDtypeStruct((*dims, d), jnp.dtype(shape.dtype))]
     if with_lse:
         types.append(jax.ShapeDtypeStruct(dims, jnp.float32))
+    arguments = [parts.acc, parts.m, parts.l, parts.live, *([] if sinks is None else [sinks])]
+    targets = []
+    if into is not None:
+        output, lse, start = into
+        types, targets = [], [jax.new_ref(x) for x in (output, lse) if x is not None]
+        arguments += [start, *targets]
     results = plgpu.kernel(
         body,
         out_type=tuple(types),
@@ -87,8 +102,9 @@ def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="rpa_combine",
-    )(parts.acc, parts.m, parts.l, parts.live, *([] if sinks is None else [sinks]))
-    return results if with_lse else (results[0], None)
+    )(*arguments)
+    results = [ref[...] for ref in targets] or results
+    return results[0], results[1] if with_lse else None
 
 
 def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling: decode.Tiling):
