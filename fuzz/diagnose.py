@@ -82,12 +82,14 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     late = time.monotonic() + SECONDS
     likely = [m for _, m in _ranked(known, evidence[-1:], late)][:CANDIDATES]
     ranked = _ranked(likely, evidence, late + SECONDS)
-    best, mutant = ranked[0]
+    best = ranked[0][0]
     if best > LIKENESS:
         return dataclasses.replace(UNKNOWN, distance=best)
-    alike = tuple(m.id for distance, m in ranked[1:4] if distance <= best + 0.02)
-    family = _majority([m for distance, m in ranked if distance <= best + 0.02])
-    return Diagnosis(mutant.id, family, best, alike)
+    alike = [m for distance, m in ranked if distance <= best + 0.02]
+    family = _majority(alike)
+    alike.sort(key=lambda m: m.group != family)  # the one that is named is of the family that is
+    first, *others = (m.id for m in alike[:4])
+    return Diagnosis(first, family, best, tuple(others))
 
 
 def _only_nan(plans: Sequence[Plan], target: Target) -> bool:
