@@ -28,7 +28,7 @@ class Backend(StrEnum):
     ANY = "any"
 
 
-PLATFORMS = ("auto", *(str(platform) for platform in Platform))
+PLATFORMS = (*(str(platform) for platform in Platform), "auto")
 BACKENDS = tuple(str(backend) for backend in Backend)
 _POSITIVE = ("num_kv_pages_per_block", "num_queries_per_block", "num_warps", "num_stages", "num_kv_splits")
 

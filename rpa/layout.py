@@ -34,7 +34,6 @@ class Ragged(NamedTuple):
     tables: jax.Array  # int32 [S, pages_per_seq], clamped into [0, P)
     valid: jax.Array  # bool [S], False for invalid live sequences, True for dead ones
     bad_stop: jax.Array  # int32 [S], one past the last row of an invalid sequence; == start elsewhere
-    live_rows: jax.Array  # int32 [], one past the last row any sequence owns
 
 
 def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
@@ -59,7 +58,6 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
     valid &= jnp.all(in_pool | ~_live_entries(start, stop, context, signature), axis=1)
     valid |= ~live
     runs = live & valid
-    owned = jnp.where(live, stop, start)
     return Ragged(
         start=start,
         stop=jnp.where(runs, stop, start),
@@ -67,7 +65,6 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
         tables=jnp.clip(tables, 0, signature.num_pages - 1),
         valid=valid,
         bad_stop=jnp.where(live & ~valid, stop, start),
-        live_rows=jnp.max(owned, initial=0),
     )
 
 

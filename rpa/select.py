@@ -59,7 +59,7 @@ class Choice(Found):
 
 def choose(
     signature: Signature, device: Device, platform: str, cfg: RaggedPageAttentionv2Config | None, *,
-    chain: ConfigSelectorChain | None = None, dry: bool = False, **more: Any,
+    dry: bool = False, **more: Any,
 ) -> Choice:  # fmt: skip
     """The backend and the config of a validated call; `platform` wins over the config's own.
 
@@ -74,7 +74,7 @@ def choose(
     asked = platform_of(platform, cfg)
     implementation, why = registry.resolve(asked, signature, device)
     query = query_of(signature, device, platform, cfg, **more)
-    found = (chain or default_chain()).find(query, dry=dry)
+    found = default_chain().find(query, dry=dry)
     if found.source not in ("explicit", "heuristic"):  # those two speak of the preferred backend
         implementation, why = registry.resolve(platform_of(asked, found.config), signature, device)
     reason = f"{found.reason}; {implementation.name}: {why}"

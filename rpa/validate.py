@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from rpa.config import PLATFORMS
 from rpa.signature import Inputs, Signature
 
 FLOATS = ("float32", "bfloat16", "float16")
 QUANTISED = ("float8_e4m3fn", "float8_e5m2", "int8")
-PLATFORMS = ("triton", "pallas", "cuda", "xla", "auto")
 INT32_MAX = 2**31 - 1
 
 
