@@ -199,7 +199,7 @@ def busy_machine(monkeypatch, seed: int, slower: float = 1.0) -> run.Result:
 
     monkeypatch.setattr(clock, "_sample", sample)
     monkeypatch.setattr(clock, "_repeats", lambda call: 1)
-    timing = clock.paired(lambda turn: 1e-3 * slower, lambda turn: 3e-3, budget=0.0, at_least=400)
+    timing = clock.paired(lambda turn: 1e-3 * slower, lambda turn: 3e-3, budget=0.0, at_least=1200)
     return result(timing.seconds, timing.spread, beside=timing.beside)
 
 
@@ -222,6 +222,8 @@ def test_kernel_that_waits_is_told_by_the_wall_alone():
     asleep = record.compare(made(beside(1.0, 1.0)), made(beside(1.1, 1.0)))
     assert [change.clock for change in asleep.regressions] == ["wall"]
     assert [c.clock for c in record.compare(made(beside(1.0, 1.0)), made(beside(1.0, 1.1))).regressions] == ["cpu"]
+    # More threads at once: more CPU time, and done sooner.
+    assert not record.compare(made(beside(1.0, 1.0)), made(beside(0.9, 1.1))).failed
 
 
 def test_records_of_two_yardsticks_compare_plain_times():
