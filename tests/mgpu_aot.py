@@ -38,6 +38,7 @@ CALLS = {
     "prefill_window": (8192, 1, 64, 8, 64, 16, 128, None, True),
     "prefill_odd": (300, 1, 6, 2, 96, 32, None, None, False),  # an odd group, rows that are no whole eights
     "prefill_240": (1000, 1, 4, 2, 240, 8, None, None, True),  # queries' memory holds the padded rows on their way out
+    "mixed_group_25": (3000, 128, 25, 1, 128, 16, None, None, False),  # 32 columns
     "mixed_odd": (1001, 130, 6, 2, 128, 16, None, None, False),
     "mixed": (4224, 130, 32, 8, 128, 16, None, None, False),
     "decode_e4m3": (8, 8, 32, 8, 128, 16, None, None, False, "float8_e4m3fn"),

@@ -19,6 +19,7 @@ SPILLED = {
     "prefill_240": 400,
     "prefill_window": 32,
     "mixed": 32,
+    "mixed_group_25": 32,
 }
 # Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
 LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 5, "mixed": 13}
@@ -47,7 +48,7 @@ def reports() -> dict[str, dict]:
     [
         *("decode", "decode_window", "decode_e4m3", "decode_int8", "mixed", "mixed_e5m2"),
         *("prefill", "prefill_256", "prefill_window", "prefill_e4m3", "prefill_192_int8"),
-        *("prefill_odd", "prefill_240", "mixed_odd"),
+        *("prefill_odd", "prefill_240", "mixed_odd", "mixed_group_25"),
     ],
 )
 def test_the_kernel_fits_and_keeps_its_registers(reports, call):

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 
 from rpa.backends import pallas_gpu
-from rpa.backends.pallas_gpu.program import SMEM, program
+from rpa.backends.pallas_gpu.prefill_work import scratch_types
+from rpa.backends.pallas_gpu.program import SMEM, footprint, program, shape_of, worker_memory
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Signature
@@ -61,22 +62,32 @@ def test_the_shapes_it_is_for_are_taken(dim, dtype, page):
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 300, 1024, 8192])
-@pytest.mark.parametrize("dim", [16, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("dim", [16, 64, 96, 128, 192, 240, 256])
 @pytest.mark.parametrize("window", [None, 128, 4096])
 def test_every_ring_fits_shared_memory(tokens, dim, window):
-    """K, V, queries and staged outputs of the chosen tile shapes; what Mosaic adds is in the AOT test."""
-    call = dataclasses.replace(CALL, num_tokens=tokens, head_dim=dim, sliding_window=window)
-    todo = program(call, RaggedPageAttentionv2Config(), interpreted=False)
-    ring = 0
+    """Every group and dtype of pages, by what Mosaic gives each piece of scratch; the AOT test sees it do so."""
+    for heads, kv_heads in ((1, 1), (3, 1), (32, 8), (40, 8), (25, 1), (64, 1)):
+        for stored in ("bfloat16", "float8_e4m3fn", "int8"):
+            call = dataclasses.replace(
+                CALL, num_tokens=tokens, head_dim=dim, sliding_window=window, num_q_heads=heads, num_kv_heads=kv_heads,
+                kv_dtype=stored,
+            )  # fmt: skip
+            if pallas_gpu.supports(call, H200) is None:
+                assert shared_memory(call) <= SMEM, (heads, kv_heads, stored)
+
+
+def shared_memory(call) -> int:
+    """Bytes of the largest kernel of a call."""
+    todo, shape = program(call, RaggedPageAttentionv2Config(), interpreted=False), shape_of(call)
+    prefill = decode = 0
     if todo.prefill is not None:
-        ring = 2 * (2 * todo.prefill.stages * todo.prefill.block + 128 * (2 if todo.prefill.memory == 1 else 1)) * dim
+        prefill = todo.prefill.teams * footprint(scratch_types(shape, todo.prefill))
     if todo.decode is not None:
         assert todo.decode.stages >= 1
         assert todo.decode.chunk % todo.decode.block == 0
         assert todo.decode.splits <= 64
-        worker = 4 * todo.decode.stages * todo.decode.block * dim
-        ring = ring + worker if todo.fused else max(ring, worker * todo.decode.workers)
-    assert ring < SMEM
+        decode = todo.decode.workers * worker_memory(shape, todo.decode)
+    return prefill + decode if todo.fused else max(prefill, decode)
 
 
 def test_tile_shapes_depend_on_static_shapes_and_config_alone():

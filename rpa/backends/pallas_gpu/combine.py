@@ -109,7 +109,8 @@ def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse
 
 def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling: decode.Tiling):
     """Unnormalised (acc [SLICE, N], m [N], l [N]) of a row's live splits, several loaded at once."""
-    n, together = shape.columns, min(tiling.splits, 32)
+    n = shape.columns
+    together = max(1, min(tiling.splits, 256 // n))  # what registers hold
 
     def fold(step, carry):
         acc, m, l = carry

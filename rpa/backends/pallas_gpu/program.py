@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rpa.backends.pallas_gpu import decode, plan, prefill_work
 from rpa.backends.pallas_gpu.tiles import Shape, piece
@@ -78,27 +82,41 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     span = shape.capacity
     if shape.window is not None:
         span = min(span, shape.window + piece(shape.page, block) - 1)
-    slot = 2 * block * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize
-    # Queries of two items, an answer and weights; a reduction's scratch, barriers; converted queries and a tile.
-    small = 2 * shape.columns * (3 * shape.head_dim + block) + 2048
-    small += 2 * (shape.columns + block) * shape.head_dim if shape.stored else 0
 
     def slots(workers: int) -> int:
-        return ((SMEM - RESERVED) // workers - small) // slot
+        """Blocks that the ring of each of so many workers holds, beside all else."""
+        one = decode.Tiling(rows, block, 1, block, 1, workers, ctas)
+        several = range(config.option("decode_stages", 8), 0, -1)
+        return next((n for n in several if workers * worker_memory(shape, one._replace(stages=n)) <= SMEM), 0)
 
     several = [w for w in workers_worth(shape, span) if slots(w) > 1] or [1]
     if config.option("workers", 0):
         several = [config.option("workers", 0)]
     chunk, workers = split(span, items, ctas, block, 128 if few else 256, several, config)
-    stages = min(config.option("decode_stages", 8), slots(workers))
+    stages = slots(workers)
     if stages < 1:
         asked = f"cfg.options 'workers'={workers}, 'decode_block'={block}"
         raise ValueError(f"{asked}: no room in shared memory for a block of head_dim={shape.head_dim} each")
     return decode.Tiling(rows, block, stages, chunk, -(-span // chunk), workers, ctas)
 
 
+def worker_memory(shape: Shape, tiling: decode.Tiling) -> int:
+    """Bytes of shared memory of one decode worker: its scratch, and room for its reductions (`decode.apart`)."""
+    return footprint(decode.scratch_types(shape, tiling)) + decode.REDUCTION
+
+
+def footprint(scratch: Any) -> int:
+    """Bytes of shared memory that a tree of scratch takes: every ref starts at a multiple of 1024."""
+    leaves = jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.Barrier, plgpu.RefUnion)))
+    barriers = sum(8 * int(np.prod(x.num_barriers)) for x in leaves if isinstance(x, plgpu.Barrier))
+    refs = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves if not isinstance(x, plgpu.Barrier)]
+    return barriers + sum(-(-size // 1024) * 1024 for size in refs)
+
+
 def workers_worth(shape: Shape, span: int) -> tuple[int, ...]:
     """How many decode workers a CTA may have, the best first where they are as good."""
+    if shape.head_dim * shape.columns > 3072:  # two accumulators do not fit the registers of more
+        return (2, 1) if shape.head_dim <= 128 else (1,)
     if shape.stored and shape.head_dim <= 128:  # bound by their conversion, for which there are never too many
         return (3,)
     if shape.head_dim <= 64 and span > 1024:  # a fourth costs 6 % on short windows, and is worth as much on long rows
@@ -202,14 +220,22 @@ def mixed_program(
 ) -> Program:
     """Both roles in one CTA: smaller prefill blocks, one decode worker, registers split between them.
 
-    Head sizes past 192 do not leave room for both rings, nor does a warpgroup that converts pages leave registers:
-    there the two kernels run one after the other.
+    Head sizes past 192 do not leave room for both rings, nor large groups or a warpgroup that converts pages leave
+    registers: there the two kernels run one after the other.
     """
-    if shape.head_dim > 192 or shape.stored:
-        whole = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
-        singles = decode_tiling(shape, sequences, config, ctas)
-        return Program(singles._replace(singles=True, lanes=not interpreted), whole)
-    size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
+    apart = shape.head_dim > 192 or shape.columns > 16 or shape.stored
+    fused = None if apart else fused_program(shape, sequences, config, ctas, interpreted)
+    if fused is not None:
+        return fused
+    whole = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
+    singles = decode_tiling(shape, sequences, config, ctas)
+    return Program(singles._replace(singles=True, lanes=not interpreted), whole)
+
+
+def fused_program(
+    shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
+) -> Program | None:
+    """One launch of both roles, or None where decode's ring has no room."""
     block = config.option("mixed_block", 64)
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
     tiling = tiling._replace(
@@ -224,8 +250,9 @@ def mixed_program(
     # Where they are few the longest rows decide: 178.4 us against 179.6 with one kv head, 689 against 680 with 8.
     few = sequences * shape.kv_heads <= 2 * ctas
     chunk = max(config.option("mixed_chunk", 1024 if few else 2048), -(-span // (64 * 64)) * 64)
-    free = SMEM - RESERVED - (2 * prefill_work.M * tiling.queries + 2 * tiling.stages * block) * size - 4096
-    stages = max(1, min(8, free // (2 * 64 * size)))
     splits = -(-span // chunk)
-    decoding = decode.Tiling(sequences, 64, stages, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)
-    return Program(decoding, tiling, fused=True)
+    decoding = decode.Tiling(sequences, 64, 8, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)
+    free = SMEM - footprint(prefill_work.scratch_types(shape, tiling))
+    fits = (n for n in range(8, 0, -1) if worker_memory(shape, decoding._replace(stages=n)) <= free)
+    stages = next(fits, 0)
+    return Program(decoding._replace(stages=stages), tiling, fused=True) if stages else None
