@@ -80,6 +80,34 @@ def test_sampled_rows_are_the_batch_rows():
         assert verdict.status == "pass", verdict.text
 
 
+_DECODE, _WINDOW = cells.decode("llama3-8b", "full", 1, 512), cells.decode("gpt-oss", "local", 1, 512)
+_MIXED = cells.mixed("llama3-8b", "full", 2, 60, 90, ((12, 12), (9, 50)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "mutant"),
+    [
+        (_DECODE, "first_key_dropped"),
+        (_WINDOW, "window_wide"),
+        (_WINDOW, "window_narrow"),
+        (_WINDOW, "sink_ignored"),
+        (_MIXED, "causal_plus1"),
+        (_MIXED, "klen_missing"),
+        (_MIXED, "kv_tail_floor"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.label,
+)
+def test_slip_by_one_key_of_hundreds_has_no_number(cell, mutant):
+    """In plain random data one key of 512 would vanish in the rounding of 16 bits."""
+    found = run.one(_batch_of(cell), work._target(f"mutant:{mutant}"), CEILINGS, "cpu")
+    assert (found.status, found.seconds) == ("fail", None), found
+
+
+@functools.cache
+def _batch_of(cell: cells.Cell) -> arrays.Batch:
+    return arrays.make(cell, cache_bytes=0)
+
+
 # ------------------------------------------------------------------ peers
 
 
