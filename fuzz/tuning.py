@@ -103,7 +103,7 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     except TuningFailed as error:
         return Outcome(cell.name, f"no usable config\n{error}")
     report = tuner.history[-1]
-    told = f"{time.monotonic() - begin:.0f} s; {summary(report)}"
+    told = summary(report, time.monotonic() - begin)
     if not report.decided:  # stored, it would keep later runs from looking further
         return Outcome(cell.name, f"undecided: too little time to compare; {told}")
     note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
@@ -131,15 +131,15 @@ def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
     return select.query_of(signature, current(), platform, None, inputs=turns[0][0]), turns
 
 
-def summary(report: Any) -> str:
-    """The outcome in a line, and a line for each candidate that was wrong or failed."""
+def summary(report: Any, seconds: float) -> str:
+    """The outcome and what it cost in a line, and a line for each candidate that was wrong or failed."""
     counts = ", ".join(f"{count} {status}" for status, count in report.counts().items())
     troubles = "".join(
         f"\n    {trial.status}: {trial.config}: {trial.detail[:300]}"
         for trial in report.trials
         if trial.status in ("wrong", "failed")
     )
-    return f"{report.reason}; {_by_backend(report)} ({counts}){troubles}"
+    return f"{report.reason}; {_by_backend(report)} ({counts}) in {seconds:.0f} s{troubles}"
 
 
 def _by_backend(report: Any) -> str:
