@@ -426,13 +426,13 @@ def figures(tmp_path, monkeypatch):
 
 
 def test_new_record_ships_under_its_device(figures, tmp_path):
-    """One command from `rpa bench --json` to the README: the peers' block is then that record's."""
+    """One command from `rpa bench --json` to the README: its block is then that record's."""
     ours, peer = result(1e-5, backend="triton"), result(2e-5, backend="peer:fa3 scheduled")
     limits = dataclasses.replace(CEILINGS, device="NVIDIA H200")
     new = tmp_path / "new.json"
     new.write_text(dataclasses.replace(made(ours, peer, result(None, backend="pallas_gpu")), ceilings=limits).to_json())
     assert figures.ship(new) == tmp_path / "h200.json"
-    text = figures.filled("<!-- figures:peers -->\nold\n<!-- /figures -->")
+    text = figures.filled("<!-- figures:h200 -->\nold\n<!-- /figures -->")
     assert f"| `{CELL.name}` | 500,000.0 | - | 10.0 (0.50) | 20.0 | - | - | - | - |" in text
     assert "old" not in text
 

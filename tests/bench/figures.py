@@ -34,37 +34,6 @@ def cpu() -> str:
     return "\n".join(lines) + "\n"
 
 
-def h200() -> str:
-    """Both GPU kernels beside the peers, page 16: microseconds, ratios to the best peer in brackets."""
-    record = json.loads((RECORDS / "h200_triton_2026-11-22.json").read_text())
-    others, mosaic = {"fa3": "FA3", "flashinfer": "FlashInfer", "vllm": "vLLM"}, _mosaic()
-    lines = [
-        f"{record['date']}, {record['machine']}. Microseconds a call at page 16, in brackets over the best peer. "
-        "Triton and the peers ran in one process; the Mosaic GPU kernel in other calls of that day beside peers of its "
-        "own (window decode: over vLLM's), some rows on an earlier state of it: "
-        "`h200_mgpu_2026-11-22_folded.json` says which.",
-        "",
-        f"| cell | {' | '.join(others.values())} | Triton | Mosaic GPU |",
-        "|---|" + "---|" * (len(others) + 2),
-    ]
-    for key, found in record["cells"].items():
-        name, page = key.rsplit(" p", 1)
-        if page == "16":
-            best = min(found[name] for name in (*others, "fa3_split") if name in found)
-            row = " | ".join(f"{found[name]:.4g}" if name in found else "" for name in others)
-            ours = f"{found['ours']:.4g} ({found['ours'] / best:.2f})"
-            lines.append(f"| `{name}` | {row} | {ours} | {mosaic.get(name, '')} |")
-    return "\n".join(lines) + "\n"
-
-
-def _mosaic() -> dict[str, str]:
-    """The newest page-16 row of each cell, those that the oracle judged first."""
-    record = json.loads((RECORDS / "h200_mgpu_2026-11-22_folded.json").read_text())
-    best = sorted((row for row in record["cells"] if row["page"] == 16), key=lambda row: row["us"])
-    rows = {row["cell"]: row for row in (*best[::-1], *record["earlier_cells"], *record["later_cells"])}
-    return {cell: f"{row['us']:.4g} ({row['ratio']:.2f})" for cell, row in rows.items()}
-
-
 def tpu() -> str:
     """What the compiler's schedule says of one KV block in decode, and of the memory that it keeps busy."""
     record = json.loads((RECORDS / "tpu_aot.json").read_text())
@@ -89,9 +58,10 @@ def tpu() -> str:
     return "\n".join(lines) + "\n"
 
 
-def peers() -> str:
+def h200() -> str:
     """Every contender of `rpa bench` on the H200, microseconds; "-" where it cannot, or its answer is not right."""
-    date, results = _h200_run()
+    record = json.loads((RECORDS / "h200.json").read_text())
+    date, results = record["date"], record["results"]
     times = {(r["cell"], r["backend"]): r["seconds"] for r in results if r["seconds"] is not None}
     lines = [
         f"{date}, one H200: microseconds on the device, every contender judged and timed in one run; in brackets ours "
@@ -121,16 +91,6 @@ _PEERS = {
 }
 
 
-def _h200_run() -> tuple[str, list[dict]]:
-    """The date and results of `rpa bench`: its record, or the two runs of the first day that had one."""
-    path = RECORDS / "h200.json"
-    if path.exists():
-        record = json.loads(path.read_text())
-        return record["date"], record["results"]
-    record = json.loads((RECORDS / "h200_bench_2026-11-22.json").read_text())
-    return record["date"], [r for run in record["runs"] for r in run["results"]]
-
-
 def _least(times: dict[tuple[str, str], float], cell: str, names: tuple[str, ...]) -> float | None:
     return min((times[cell, name] for name in names if (cell, name) in times), default=None)
 
@@ -139,7 +99,7 @@ def _us(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:,.{seconds < 1e-4:d}f}"
 
 
-FIGURES = {"cpu": cpu, "h200": h200, "peers": peers, "tpu": tpu}
+FIGURES = {"cpu": cpu, "h200": h200, "tpu": tpu}
 
 
 def filled(text: str) -> str:
