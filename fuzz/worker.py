@@ -28,12 +28,14 @@ from fuzz.strategies import LITTER, litters
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
-# With the relations that compile, 40 compilations in 10,000 cases; and the first case need not wait for many.
-FIRST_SHAPES, CASES_A_SHAPE = 3, 300
+# With the relations that compile, and what is compiled ahead, 40 compilations in the first 10,000 cases and in each
+# 10,000 after them; and the first case need not wait for many.
+FIRST_SHAPES, CASES_A_SHAPE = 3, 320
+SETTLED, CASES_A_LATER_SHAPE = 10_000, 280
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
 # Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do
 # so in the case that asked for it.
-COMPILED_AHEAD, AHEAD = ("xla",), 4
+COMPILED_AHEAD, AHEAD = ("xla",), 2
 MOST_SHAPES = 1000
 FEW_ROWS, FEW_TOKENS = 16, 1000  # what an interpreter does in a few seconds
 REDUCTIONS = 4  # failures a worker shrinks; more of the same symptom are only counted
@@ -131,8 +133,10 @@ def _tell_gaps(state: State) -> None:
 
 def wanted_shapes(judged: int, cheap: bool = False) -> int:
     """How many shapes are open after so many cases."""
-    first, cases = (CHEAP_SHAPES, CASES_A_CHEAP_SHAPE) if cheap else (FIRST_SHAPES, CASES_A_SHAPE)
-    return first + judged // cases
+    if cheap:
+        return CHEAP_SHAPES + judged // CASES_A_CHEAP_SHAPE
+    early, late = min(judged, SETTLED), max(0, judged - SETTLED)
+    return FIRST_SHAPES + early // CASES_A_SHAPE + late // CASES_A_LATER_SHAPE
 
 
 def why_not(shape: Shape, target: Target) -> str | None:
