@@ -74,30 +74,85 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
 
 
 def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
-    items, short = rows * shape.kv_heads, shape.window is not None and shape.window <= 512
-    # So few that most SMs wait, and time is latency: one wide block a split. Measured for one row of 1k, 8 kv heads:
-    # 9.0 us with splits of 256 keys in blocks of 64, 7.3 with splits of 128 in one.
-    few = 8 * items <= SMS and shape.head_dim <= 128 and not shape.stored and not short
-    block = config.option("decode_block", 128 if few else 64)
-    span = shape.capacity
-    if shape.window is not None:
-        span = min(span, shape.window + piece(shape.page, block) - 1)
-
-    def slots(workers: int) -> int:
-        """Blocks that the ring of each of so many workers holds, beside all else."""
-        one = decode.Tiling(rows, block, 1, block, 1, workers, ctas)
-        several = range(config.option("decode_stages", 8), 0, -1)
-        return next((n for n in several if workers * worker_memory(shape, one._replace(stages=n)) <= SMEM), 0)
-
-    several = [w for w in workers_worth(shape, span) if slots(w) > 1] or [1]
-    if config.option("workers", 0):
-        several = [config.option("workers", 0)]
-    chunk, workers = split(span, items, ctas, block, 128 if few else 256, several, config)
-    stages = slots(workers)
-    if stages < 1:
+    """One worker where little is to be done, several where much is; each choice is one that was measured on an H200."""
+    items, span = rows * shape.kv_heads, span_of(shape, config.option("decode_block", 64))
+    usual_shape = shape.head_dim == 128 and shape.columns == 8 and not shape.stored and span > 512
+    each = -(-items // ctas)
+    # So little that time is latency: wide blocks, and splits of one. One row of 1k, 8 kv heads: 7.1 us, 9.0 with splits
+    # of 256 keys in blocks of 64. Eight rows: 14.2, 15.4 by three workers.
+    few = usual_shape and items <= ctas and items * span <= 1 << 17
+    # Short rows for every SM, or rows past counting, are best not split. 64 rows of 1k: 67.7 us, 76.4 in halves; 256 of
+    # 8k: 1929, 2060 in splits; 64 of 8k on pages of 128: 475, 487 in splits, but on pages of 16 498 either way.
+    short = usual_shape and not few and span <= 2048 and 8 * items >= 7 * ctas
+    many = usual_shape and items > 2 * ctas and (shape.page >= 128 or items >= 8 * ctas or span > 8192)
+    usual = usual_workers(shape, span, each)
+    if few or short or many:
+        usual = 1 if few else each if short and each <= 4 else 2
+    block, workers = config.option("decode_block", 128 if few else 64), config.option("workers", usual)
+    if few:
+        chunk = split_few(span, items, ctas, block, config)
+    elif (short or many) and not config.num_kv_splits:
+        chunk = -(-span // block) * block
+    else:
+        chunk = split(span, items, workers * ctas, block, config)
+    one = decode.Tiling(rows, block, 1, chunk, -(-span // chunk), workers, ctas)
+    several = range(config.option("decode_stages", 8), 0, -1)
+    fits = (n for n in several if workers * worker_memory(shape, one._replace(stages=n)) <= SMEM)
+    stages = next(fits, 0)
+    if not stages:
         asked = f"cfg.options 'workers'={workers}, 'decode_block'={block}"
         raise ValueError(f"{asked}: no room in shared memory for a block of head_dim={shape.head_dim} each")
-    return decode.Tiling(rows, block, stages, chunk, -(-span // chunk), workers, ctas)
+    return one._replace(stages=stages)
+
+
+def usual_workers(shape: Shape, span: int, each: int) -> int:
+    """Warpgroups a CTA with `each` items: a fourth is worth 6 % at head size 64 on long rows.
+
+    Measured: 256 rows of a window of 128 keys 27.8 us by two and 31.0 by three, 8 rows 4.6 by one and 5.9 by three; 64
+    rows of 8k on int8 431 by two and 522 by three, on e4m3 390 and 358.
+    """
+    if shape.head_dim > 128:
+        return 1
+    if shape.window is not None and span <= 1024:
+        return min(each, 2)
+    if shape.head_dim * shape.columns > 3072 or shape.stored == "int8":  # large groups: two accumulators need registers
+        return 2
+    return 4 if shape.head_dim <= 64 and not shape.stored else 3
+
+
+def split_few(span: int, items: int, ctas: int, block: int, config: RaggedPageAttentionv2Config) -> int:
+    """Keys a split where one worker an SM is plenty: short ones, though each costs the join as much as 4 keys."""
+    most = min(64, max(1, span // config.option("least_chunk", 128)))
+    several = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
+
+    def chunk(splits: int) -> int:
+        return -(-span // (splits * block)) * block
+
+    def cost(splits: int) -> int:
+        real = -(-span // chunk(splits))
+        return -(-real * items // ctas) * (chunk(splits) + 100) + (120 + 4 * real if real > 1 else 0)
+
+    return chunk(min(several, key=cost))
+
+
+def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
+    """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
+    most = min(64, max(1, span // config.option("least_chunk", 512)))
+    several = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
+
+    def chunk(splits: int) -> int:
+        return -(-span // (splits * block)) * block
+
+    def cost(splits: int) -> int:
+        real = -(-span // chunk(splits))
+        return -(-real * items // workers) * chunk(splits) + 32 * real
+
+    return chunk(min(several, key=cost))
+
+
+def span_of(shape: Shape, block: int) -> int:
+    """Keys that a decode row may see."""
+    return shape.capacity if shape.window is None else min(shape.capacity, shape.window + piece(shape.page, block) - 1)
 
 
 def worker_memory(shape: Shape, tiling: decode.Tiling) -> int:
@@ -111,51 +166,6 @@ def footprint(scratch: Any) -> int:
     barriers = sum(8 * int(np.prod(x.num_barriers)) for x in leaves if isinstance(x, plgpu.Barrier))
     refs = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in leaves if not isinstance(x, plgpu.Barrier)]
     return barriers + sum(-(-size // 1024) * 1024 for size in refs)
-
-
-def workers_worth(shape: Shape, span: int) -> tuple[int, ...]:
-    """How many decode workers a CTA may have, the best first where they are as good."""
-    if shape.head_dim * shape.columns > 3072:  # two accumulators do not fit the registers of more
-        return (2, 1) if shape.head_dim <= 128 else (1,)
-    if shape.stored and shape.head_dim <= 128:  # bound by their conversion, for which there are never too many
-        return (3,)
-    if shape.head_dim <= 64 and span > 1024:  # a fourth costs 6 % on short windows, and is worth as much on long rows
-        return 2, 1, 3, 4
-    return (2, 1, 3) if shape.head_dim <= 128 else (1,)
-
-
-SHORTER = 0.1  # what rows that fill a quarter of their tables count beside full ones
-
-
-def split(
-    span: int, items: int, ctas: int, block: int, least: int, several: list[int], config: RaggedPageAttentionv2Config
-) -> tuple[int, int]:
-    """(keys a split, workers): what leaves the fewest keys to the busiest SM, with few splits to join.
-
-    All in keys that one SM reads: 15 ns each, when all read. An item costs a bubble that its CTA's other workers fill;
-    workers without an item waste their rings, so one is best where each SM has one item. Measured: 67.8 us against 76.4
-    for 64 rows of 1k by two workers and no splits, 36.7 against 39.0 for 16 rows of 2k by one.
-    """
-    most = min(64, max(1, span // config.option("least_chunk", least)))
-    splits = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
-
-    def chunk(splits: int) -> int:
-        return -(-span // (splits * block)) * block
-
-    def cost(choice: tuple[int, int], context: int) -> float:
-        keys, workers = min(chunk(choice[0]), context), choice[1]
-        real = -(-context // keys)
-        here = -(-real * items // ctas)
-        join = 120 + 4 * real + real * items / 8 if chunk(choice[0]) < span else 0
-        return -(-here // workers) * workers * keys + here * 100 / workers + join
-
-    def worth(choice: tuple[int, int]) -> float:
-        """Rows may be full, as a benchmark's are, or a quarter so, as a server's."""
-        quarter = min(span, max(span // 4, 512))
-        return cost(choice, span) / span + SHORTER * cost(choice, quarter) / quarter
-
-    best = min(((s, w) for s in splits for w in several), key=worth)
-    return chunk(best[0]), best[1]
 
 
 def prefill_tiling(
@@ -236,19 +246,18 @@ def fused_program(
     shape: Shape, sequences: int, config: RaggedPageAttentionv2Config, ctas: int, interpreted: bool
 ) -> Program | None:
     """One launch of both roles, or None where decode's ring has no room."""
-    block = config.option("mixed_block", 64)
+    # Few kv heads ask little of the bandwidth, and their longest rows decide: wide blocks of prefill, one slot for
+    # decode, finer splits. 164.4 us, 179.6 otherwise, with one kv head; 751 and 680 with 8.
+    few = sequences * shape.kv_heads <= 2 * ctas and shape.head_dim <= 128 and not interpreted
+    block = config.option("mixed_block", 128 if few else 64)
     tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
     tiling = tiling._replace(
-        block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 else 2),
+        block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 and block == 64 else 2),
         memory=prefill_work.APART if interpreted else prefill_work.SHARED, teams=1,
         queries=config.option("mixed_queries", 1), turns=bool(config.option("turns", 1)),
         registers=(config.option("mixed_registers", 208), config.option("producer_registers", 24)),
     )  # fmt: skip
-    span = shape.capacity
-    if shape.window is not None:
-        span = min(span, shape.window + piece(shape.page, 64) - 1)
-    # Where they are few the longest rows decide: 178.4 us against 179.6 with one kv head, 689 against 680 with 8.
-    few = sequences * shape.kv_heads <= 2 * ctas
+    span = span_of(shape, 64)
     chunk = max(config.option("mixed_chunk", 1024 if few else 2048), -(-span // (64 * 64)) * 64)
     splits = -(-span // chunk)
     decoding = decode.Tiling(sequences, 64, 8, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)
