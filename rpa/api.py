@@ -111,11 +111,12 @@ def call(
     inputs, signature = prepare(arrays, options, validate)
     program, lasting = _program(inputs, signature, rules.platform_of(platform), check_config(cfg), over)
     plan = _plan_of(arrays, inputs, signature, program, moment)
-    if facts is not None and lasting:
-        if len(_PLANS) >= 8192:  # one for each `num_seqs`
-            _PLANS.clear()
-        _PLANS[facts] = plan
-    return plan.run(inputs)
+    if facts is None or not lasting:
+        return plan.run(inputs)
+    if len(_PLANS) >= 8192:  # one for each `num_seqs`
+        _PLANS.clear()
+    _PLANS[facts] = plan
+    return plan.run(arrays)  # as given: the calls after this one meet the program that it compiles
 
 
 def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over: Any) -> tuple[Any, bool]:

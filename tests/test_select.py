@@ -400,6 +400,26 @@ def test_a_warm_call_notices_what_its_choice_hung_on():
     assert np.array_equal(ragged_page_attention_v2(**call), plain)
 
 
+@pytest.mark.parametrize("form", [int, lambda n: np.array([n]), lambda n: jnp.array([n]), jnp.array])
+def test_the_second_call_meets_the_program_that_the_first_compiled(form):
+    traces = []
+
+    def counted(queries, **_):
+        traces.append(queries.shape)
+        return queries
+
+    kernel_registry.register("ragged_page_attention_v2", "cuda", "any", priority=1)(counted)
+    call = small_call.arguments()
+    call["num_seqs"] = form(int(np.ravel(call["num_seqs"])[0]))
+    try:
+        ragged_page_attention_v2(**call)
+        first = len(traces)
+        ragged_page_attention_v2(**call)
+    finally:
+        kernel_registry.unregister(counted)
+    assert first == len(traces) > 0
+
+
 def test_a_warm_call_heeds_overlays_overrides_and_observers(monkeypatch):
     call = small_call.arguments()
     kernel_registry.register("ragged_page_attention_v2", "cuda", "any")(_sevens)
