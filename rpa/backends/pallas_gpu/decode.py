@@ -10,6 +10,9 @@ tiles, and one consumer warpgroup, which is told by a record a row what it gets;
 bubbles between two items of one are filled by the others. An item is (split, row, kv head); splits lie at fixed
 distances from the first block a row sees, so a row's bits depend on nothing but the row. With one split the answer is
 final; of several, `combine` joins the parts.
+
+Slower on an H200: a window of 128 keys in one block of 192, 42.8 us against 27.8 (256 rows); long rows in blocks of 128
+by one worker, 521 us against 494; one row of 8k in 64 splits, 10.9 us against 9.4 in 32: their join takes longer.
 """
 
 from __future__ import annotations

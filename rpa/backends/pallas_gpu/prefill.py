@@ -9,6 +9,10 @@ asks; rows of other sequences that share a tile are computed and dropped. Blocks
 cache, so which rows share a tile changes no row's bits. A producer warp gathers pages into a ring of [block, D] tiles;
 pages of 8 bits pass from a ring of their own through a warpgroup that converts them. `prefill_work` says what a tile
 is, `prefill_fold` what is done with it.
+
+Slower on an H200: one pair of consumers at head size 64, 1366 us against 1198 over 8k tokens and 132 against 106 in a
+window of 128 (189 in blocks of 128 keys); blocks of 64 keys at head sizes 96 and 80, 1235 and 1206 us against 1136 and
+1037.
 """
 
 from __future__ import annotations
