@@ -231,15 +231,16 @@ def busy_machine(monkeypatch, seed: int, slower: float = 1.0) -> run.Result:
     return result(timing.seconds, timing.spread, beside=timing.beside)
 
 
-def test_slowdown_of_a_tenth_is_told_on_a_busy_machine_and_nothing_else(monkeypatch):
-    """The plain times of these runs differ by up to three times; beside the yardstick, a tenth is seen every time."""
+def test_slowdown_of_a_cell_is_told_on_a_busy_machine_and_nothing_else(monkeypatch):
+    """Plain times of these runs differ by up to three times; beside the yardstick, 15 % are seen in one cell alone."""
     honest = [busy_machine(monkeypatch, seed) for seed in range(12)]
-    slow = [busy_machine(monkeypatch, seed, 1.1) for seed in range(12, 24)]
+    slow = [busy_machine(monkeypatch, seed, 1.15) for seed in range(12, 24)]
     assert max(r.time for r in honest) > 1.5 * min(r.time for r in honest)
     for base, same, worse in zip(honest, honest[1:] + honest[:1], slow, strict=True):
         assert not record.compare(made(base), made(same)).failed
         assert record.compare(made(base), made(worse)).failed
-        assert max(change.noise for change in record.compare(made(base), made(worse)).changes) < 0.1
+        noise = {change.clock: change.noise for change in record.compare(made(base), made(worse)).changes}
+        assert noise["cpu"] < 0.12 > noise["wall"] - record.BETWEEN["wall"]
 
 
 def test_kernel_that_waits_is_told_by_the_wall_alone():
@@ -247,11 +248,11 @@ def test_kernel_that_waits_is_told_by_the_wall_alone():
         each = {"yardstick": 1.0, "noise": 0.01, "version": 1}
         return result(wall, beside={"wall": each | {"seconds": wall}, "cpu": each | {"seconds": cpu}})
 
-    asleep = record.compare(made(beside(1.0, 1.0)), made(beside(1.1, 1.0)))
+    asleep = record.compare(made(beside(1.0, 1.0)), made(beside(1.2, 1.0)))
     assert [change.clock for change in asleep.regressions] == ["wall"]
     assert [c.clock for c in record.compare(made(beside(1.0, 1.0)), made(beside(1.0, 1.1))).regressions] == ["cpu"]
     # More threads at once: more CPU time, and done sooner.
-    assert not record.compare(made(beside(1.0, 1.0)), made(beside(0.9, 1.1))).failed
+    assert not record.compare(made(beside(1.0, 1.0)), made(beside(0.8, 1.1))).failed
 
 
 def test_records_of_two_yardsticks_compare_plain_times():
