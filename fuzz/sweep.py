@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -216,6 +216,20 @@ def broken(figure: Figure, arithmetic: numerics.Arithmetic) -> str | None:
     return None
 
 
+def tell(figures: Iterable[Figure], arithmetic: numerics.Arithmetic, where: str) -> int:
+    """Print figures as they come, then how many break a claim; the exit code of a sweep."""
+    count = 0
+    for figure in figures:
+        why = broken(figure, arithmetic)
+        count += why is not None
+        unit = figure.error / 2**-24
+        print(f"{figure.name:32} {unit:9.3f} * 2**-24  {figure.at}{'   BROKEN' if why else ''}", flush=True)
+        if why:
+            print(f"  {why}")
+    print(f"{where}: {count} figures outside the claim")
+    return 1 if count else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print a table (or JSON) of all figures; exit 1 when one breaks what this device claims."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -224,18 +238,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     here = device.current()
     arithmetic = numerics.measured(here)
-    failures, rows = [], []
-    for figure in sweep(options.count):
-        why = broken(figure, arithmetic)
-        failures += [why] if why else []
-        rows.append(asdict(figure))
-        if not options.json:
-            unit = figure.error / 2**-24
-            print(f"{figure.name:32} {unit:9.3f} * 2**-24  {figure.at}{'   BROKEN' if why else ''}", flush=True)
-    if options.json:
-        print(json.dumps({"device": asdict(here), "figures": rows, "broken": failures}, indent=1))
-    else:
-        print(*(failures or [f"all within the row of {here.platform} ({here.kind})"]), sep="\n")
+    if not options.json:
+        return tell(sweep(options.count), arithmetic, f"{here.platform} ({here.kind})")
+    rows = list(sweep(options.count))
+    failures = [why for figure in rows if (why := broken(figure, arithmetic))]
+    print(json.dumps({"device": asdict(here), "figures": list(map(asdict, rows)), "broken": failures}, indent=1))
     return 1 if failures else 0
 
 

@@ -75,14 +75,7 @@ def main() -> int:
     """Print a table; exit 1 when a figure breaks what this device claims."""
     here = device.current()
     claimed = replace(numerics.measured(here), eps_tanh=pallas_gpu.EPS_TANH)
-    broken = 0
-    for figure in figures():
-        why = sweep.broken(figure, claimed)
-        broken += why is not None
-        unit = figure.error / 2**-24
-        print(f"{figure.name:32} {unit:9.3f} * 2**-24  {figure.at}{'   BROKEN' if why else ''}", flush=True)
-    print(f"{here.kind}, jax {jax.__version__}: {broken} figures outside the claim")
-    return 1 if broken else 0
+    return sweep.tell(figures(), claimed, f"{here.kind}, jax {jax.__version__}")
 
 
 if __name__ == "__main__":

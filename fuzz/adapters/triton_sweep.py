@@ -99,14 +99,7 @@ def figures() -> Iterator[sweep.Figure]:
 def main() -> int:
     """Print a table; exit 1 when a figure breaks what this device claims."""
     here = device.current()
-    broken = 0
-    for figure in figures():
-        why = sweep.broken(figure, numerics.measured(here))
-        broken += why is not None
-        unit = figure.error / 2**-24
-        print(f"{figure.name:32} {unit:9.3f} * 2**-24  {figure.at}{'   BROKEN' if why else ''}", flush=True)
-    print(f"{here.kind}, triton {triton.__version__}: {broken} figures outside the claim")
-    return 1 if broken else 0
+    return sweep.tell(figures(), numerics.measured(here), f"{here.kind}, triton {triton.__version__}")
 
 
 if __name__ == "__main__":
