@@ -90,7 +90,7 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
         usual = 1 if few else each if short and each <= 4 else 2
     block, workers = config.option("decode_block", 128 if few else 64), config.option("workers", usual)
     if few:
-        chunk = split_few(span, items, ctas, block, config)
+        chunk = split(span, items, ctas, block, config, few=True)
     elif (short or many) and not config.num_kv_splits:
         chunk = -(-span // block) * block
     else:
@@ -120,9 +120,15 @@ def usual_workers(shape: Shape, span: int, each: int) -> int:
     return 4 if shape.head_dim <= 64 and not shape.stored else 3
 
 
-def split_few(span: int, items: int, ctas: int, block: int, config: RaggedPageAttentionv2Config) -> int:
-    """Keys a split where one worker an SM is plenty: short ones, though each costs the join as much as 4 keys."""
-    most = min(64, max(1, span // config.option("least_chunk", 128)))
+def split(
+    span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config, few: bool = False
+) -> int:
+    """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join.
+
+    Args:
+        few: one worker an SM is plenty; splits are short, each begins at the price of 100 keys and is joined for 4.
+    """
+    most = min(64, max(1, span // config.option("least_chunk", 128 if few else 512)))
     several = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
 
     def chunk(splits: int) -> int:
@@ -130,22 +136,8 @@ def split_few(span: int, items: int, ctas: int, block: int, config: RaggedPageAt
 
     def cost(splits: int) -> int:
         real = -(-span // chunk(splits))
-        return -(-real * items // ctas) * (chunk(splits) + 100) + (120 + 4 * real if real > 1 else 0)
-
-    return chunk(min(several, key=cost))
-
-
-def split(span: int, items: int, workers: int, block: int, config: RaggedPageAttentionv2Config) -> int:
-    """Keys a split: as many splits as leave the fewest keys to the busiest worker, and few to join."""
-    most = min(64, max(1, span // config.option("least_chunk", 512)))
-    several = [min(config.num_kv_splits, 64)] if config.num_kv_splits else range(1, most + 1)
-
-    def chunk(splits: int) -> int:
-        return -(-span // (splits * block)) * block
-
-    def cost(splits: int) -> int:
-        real = -(-span // chunk(splits))
-        return -(-real * items // workers) * chunk(splits) + 32 * real
+        join = 32 * real if not few else 120 + 4 * real if real > 1 else 0
+        return -(-real * items // workers) * (chunk(splits) + 100 * few) + join
 
     return chunk(min(several, key=cost))
 
