@@ -174,7 +174,7 @@ print("answered")
 """
 
 
-# Only our kernels are instrumented: with all of XLA's, memcheck crashes in a mixed batch and nothing ends in nine minutes.
+# Only our kernels are instrumented: with all of XLA's, memcheck crashes in a mixed batch, and others do not end.
 OUR_KERNELS = {"pallas_gpu": "kns=rpa_", "triton": "kns=_kernel"}
 
 
@@ -192,7 +192,8 @@ def test_sanitizer(backend, tool):
         pytest.skip("compute-sanitizer is not installed")
     run = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent), backend]
     own = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "RPA_AUTOTUNE_POLICY": "heuristics"}
-    ours = [] if tool == "initcheck" else ["--kernel-name", OUR_KERNELS[backend]]  # which must see who wrote what it reads
+    # initcheck has to see every writer of what a kernel reads.
+    ours = [] if tool == "initcheck" else ["--kernel-name", OUR_KERNELS[backend]]
     command = [found, "--tool", tool, *ours, "--error-exitcode", "9", *run]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=own)
     assert "answered" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
