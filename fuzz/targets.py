@@ -294,7 +294,7 @@ def _refusal(slot: Any, signature: Any, device: Any) -> str | None:
 def _chosen(signature: Any, device: Any, platform: str) -> str:
     from rpa import select
 
-    return select.choose(signature, device, platform, None).implementation.name
+    return select.choose(select.Attention(signature, device, platform)).implementation.name
 
 
 @contextmanager

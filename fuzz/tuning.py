@@ -94,12 +94,12 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     left = end - begin
     if left <= 0:
         return Outcome(cell.name, "no time was left")
-    query, turns = query_of(cell, platform)
+    call, turns = call_of(cell, platform)
     tuner = Tuner(
         2, iters, verify=verify, budget=max(left / waiting, 5.0), turns=turns, exclusive=lambda: _EXCLUSIVE
     )  # fmt: skip
     try:
-        winner = tuner.autotune(query.program, query.args, {}, query.contenders())
+        winner = tuner.autotune(call.program, call.args, {}, call.contenders())
     except TuningFailed as error:
         return Outcome(cell.name, f"no usable config\n{error}")
     report = tuner.history[-1]
@@ -107,14 +107,14 @@ def _tune(job: tuple[Cell, str, int, float, int]) -> Outcome:
     if not report.decided:  # stored, it would keep later runs from looking further
         return Outcome(cell.name, f"undecided: too little time to compare; {told}")
     note = f"{report.reason}; {_by_backend(report)} ({cell.name})"
-    stored = {"|".join(query.triple): _entry(winner, note)}
+    stored = {"|".join(call.triple): _entry(winner, note)}
     # What a backend would choose by itself ships as its name alone, and so follows the backend as it gets better.
-    own, _ = query.fit(RaggedPageAttentionv2Config(platform=winner.platform))
+    own, _ = call.fit(RaggedPageAttentionv2Config(platform=winner.platform))
     shipped = RaggedPageAttentionv2Config(platform=winner.platform) if winner == own else winner
-    return Outcome(cell.name, told, stored, {f"{query.op}|{query.stem}": _entry(shipped, note)})
+    return Outcome(cell.name, told, stored, {f"{call.op}|{call.stem}": _entry(shipped, note)})
 
 
-def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
+def call_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
     """The cell's call on real arrays as selection sees it, and the arguments to time in turn."""
     import jax
 
@@ -128,7 +128,7 @@ def query_of(cell: Cell, platform: str) -> tuple[Any, list[tuple]]:
     given = (*map(jax.device_put, batch.arguments()[:6]), batch.sinks, *scales)
     inputs, signature = api.prepare(given, api.Options(**options), False)
     turns = [(inputs._replace(block_tables=jax.device_put(table)),) for table in batch.tables]
-    return select.query_of(signature, current(), platform, None, inputs=turns[0][0]), turns
+    return select.Attention(signature, current(), platform, inputs=turns[0][0]), turns
 
 
 def summary(report: Any, seconds: float) -> str:

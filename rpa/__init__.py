@@ -16,7 +16,7 @@ from rpa.kernel import Executor as Executor
 from rpa.kernel import Invocation as Invocation
 from rpa.kernel import Kernel as Kernel
 from rpa.operation import RaggedPageAttentionv2 as RaggedPageAttentionv2
-from rpa.registered import KernelSpec as KernelSpec
-from rpa.registered import detect_platform as detect_platform
-from rpa.registered import kernel_registry as kernel_registry
+from rpa.registry import KernelSpec as KernelSpec
+from rpa.registry import detect_platform as detect_platform
+from rpa.registry import kernel_registry as kernel_registry
 from rpa.tune import Tuner as Tuner

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,22 +12,10 @@ import numpy as np
 from rpa import device as devices
 from rpa import select, shard
 from rpa import validate as rules
+from rpa.arguments import Options, prepare
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.program import compiled, nothing_to_do
 from rpa.signature import Inputs, Signature
-
-
-class Options(NamedTuple):
-    """What a call says besides its arrays, and what it means unsaid."""
-
-    softmax_scale: Any = None
-    logits_soft_cap: Any = None
-    compute_dtype: Any = jnp.bfloat16
-    optimized: Any = False
-    sliding_window: Any = None
-    mask_value: Any = None
-    vmem_limit_bytes: Any = None
-    return_lse: Any = False
 
 
 def ragged_page_attention_v2(
@@ -126,77 +112,20 @@ def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: nothing_to_do(signature), True
     device = devices.current(inputs.queries)
-    choice = select.choose(signature, device, platform, cfg, inputs=concrete(inputs))
+    choice = select.choose(select.Attention(signature, device, platform, cfg, concrete(inputs)))
     return compiled(choice.implementation, signature, choice.config, device), not choice.of_this_batch
 
 
-def prepare(arrays: tuple, options: tuple, check_values: Any) -> tuple[Inputs, Signature]:
-    """Validate a call and split it into its arrays and its static part; the tuples are `Inputs` and `Options`."""
-    given = Inputs(*arrays)
-    queries = rules.float_array("queries", given.queries, 3, "[T, Hq, D]", rules.FLOATS)
-    kv_dtypes = rules.FLOATS + rules.QUANTISED
-    kv_pages = rules.float_array("kv_pages", given.kv_pages, 4, "[P, page, 2 * Hkv, D]", kv_dtypes)
-    context_lens = rules.int_array("context_lens", given.context_lens, 1, "[S]")
-    block_tables = rules.int_array("block_tables", given.block_tables, 2, "[S, pages_per_seq]")
-    query_start_loc = rules.int_array("query_start_loc", given.query_start_loc, 1, "[S + 1]")
-    rules.check_shapes(queries, kv_pages, context_lens, block_tables, query_start_loc)
-    num_kv_heads = kv_pages.shape[2] // 2
-    inputs = Inputs(
-        queries, kv_pages, context_lens, block_tables, query_start_loc,
-        rules.count_of(given.num_seqs, context_lens.shape[0]),
-        rules.sinks_of(given.softmax_aux, queries.shape[1]),
-        rules.head_scales("k_scale", given.k_scale, num_kv_heads),
-        rules.head_scales("v_scale", given.v_scale, num_kv_heads),
-    )  # fmt: skip
-    signature = _signature(inputs, Options(*options))
-    rules.check_metadata(inputs, signature, rules.flag("validate", check_values))
-    return inputs, signature
-
-
-def _signature(inputs: Inputs, options: Options) -> Signature:
-    rules.check_mask_value(options.mask_value)
-    num_tokens, num_q_heads, head_dim = inputs.queries.shape
-    num_pages, page_size, combined, _ = inputs.kv_pages.shape
-    max_seqs, pages_per_seq = inputs.block_tables.shape
-    window = rules.window_of(options.sliding_window)
-    if window is not None and window >= pages_per_seq * page_size:
-        window = None  # no context is longer, so these are the bits of no window
-    q_dtype = inputs.queries.dtype.name
-    return Signature(
-        num_tokens, num_q_heads, head_dim, num_pages, page_size, combined // 2, max_seqs, pages_per_seq,
-        q_dtype=q_dtype,
-        kv_dtype=inputs.kv_pages.dtype.name,
-        compute_dtype=rules.compute_dtype_of(options.compute_dtype, q_dtype),
-        sinks=inputs.softmax_aux is not None,
-        k_scale=inputs.k_scale is not None,
-        v_scale=inputs.v_scale is not None,
-        return_lse=rules.flag("return_lse", options.return_lse),
-        optimized=rules.flag("optimized", options.optimized),
-        softmax_scale=rules.scale_of(options.softmax_scale, head_dim),
-        logits_soft_cap=rules.cap_of(options.logits_soft_cap),
-        sliding_window=window,
-        vmem_limit_bytes=rules.limit_of(options.vmem_limit_bytes),
-    )  # fmt: skip
-
-
-def described(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What selection has to know about a call, from the public function's arguments by name: `select.choose`'s own."""
-    options = (given.get(name, default) for name, default in Options._field_defaults.items())
-    arrays = (given.get(name) for name in Inputs._fields)
-    inputs, signature = prepare(tuple(arrays), tuple(options), given.get("validate", False))
+def call_of(given: Mapping[str, Any]) -> select.Attention:
+    """What selection has to know about a call, from the public function's arguments by name."""
+    options = Options(*(given.get(name, default) for name, default in Options._field_defaults.items()))
+    inputs, signature = prepare(tuple(map(given.get, Inputs._fields)), options, given.get("validate", False))
+    cfg, platform = check_config(given.get("cfg")), rules.platform_of(given.get("platform"))
     device, sharding = devices.current(inputs.queries), "none"
-    check_config(given.get("cfg"))
     if any(given.get(name) is not None for name in ("mesh", "in_specs", "out_specs")):
         signature, device, layout = shard.share_of(inputs, signature, given.get("mesh"), given.get("in_specs"))
         sharding = layout.label
-    return {
-        "signature": signature,
-        "device": device,
-        "platform": rules.platform_of(given.get("platform")),
-        "cfg": given.get("cfg"),
-        "inputs": concrete(inputs),
-        "sharding": sharding,
-    }
+    return select.Attention(signature, device, platform, cfg, concrete(inputs), sharding)
 
 
 def concrete(inputs: Inputs) -> Inputs | None:
@@ -276,41 +205,3 @@ def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     except TypeError:
         return None
     return key
-
-
-# ------------------------------------------------------------------ the same parameters in other orders
-
-PARAMETERS = inspect.signature(ragged_page_attention_v2).parameters
-
-
-def taking(positional: str, keyword: str = "", **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: a function of keyword arguments gets these parameters, in this order, with the public defaults.
-
-    Args:
-        positional, keyword: names; those of the second may only be given by name.
-        defaults: where they differ from the public function's; a name that it does not know has None.
-    """
-    known = {
-        "self": inspect.Parameter.empty,
-        **{name: p.default for name, p in PARAMETERS.items()},
-        **defaults,
-    }
-    kinds = ((positional, inspect.Parameter.POSITIONAL_OR_KEYWORD), (keyword, inspect.Parameter.KEYWORD_ONLY))
-    signature = inspect.Signature(
-        [inspect.Parameter(name, kind, default=known.get(name)) for names, kind in kinds for name in names.split()]
-    )
-
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(body)
-        def function(*args: Any, **kwargs: Any) -> Any:
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{body.__name__}() {error}") from None
-            bound.apply_defaults()
-            return body(**bound.arguments)
-
-        function.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-        return function
-
-    return decorate

@@ -17,6 +17,7 @@ from typing import Any
 
 from rpa import settings
 from rpa.config import RaggedPageAttentionv2Config
+from rpa.device import Device
 
 SCHEMA = 1
 _PATIENCE = 20.0  # seconds to wait for another process's write
@@ -249,9 +250,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def shipped(device: Device) -> dict[str, Any]:
+    """The tuned table that ships for a kind of accelerator, `"operation|key without versions" -> entry`, if any."""
+    return _table(device.kind) if device.accelerator else {}
+
+
 @lru_cache(maxsize=16)
-def shipped(kind: str) -> dict[str, Any]:
-    """The tuned table that ships for a device kind, `"operation|key without versions" -> entry`; empty if none."""
+def _table(kind: str) -> dict[str, Any]:
     name = re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
     file = resources.files("rpa").joinpath("tuned", f"{name}.json")
     return _readable(file) if file.is_file() else {}

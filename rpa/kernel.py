@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from rpa import select
-from rpa.chain import Query
+from rpa.chain import Call
 from rpa.device import current
 from rpa.validate import is_traced
 
@@ -33,9 +33,14 @@ class Invocation[Config, Output]:
     check_vma: bool = False
 
     @property
+    def given(self) -> dict[Any, Any]:
+        """Every argument, by its position or name."""
+        return {**dict(enumerate(self.args)), **self.kwargs}
+
+    @property
     def call_key(self) -> str:
         """The readable key: shapes and dtypes of arrays, values of what is no array and no float."""
-        named = {**{str(i): value for i, value in enumerate(self.args)}, **self.kwargs}
+        named = {str(name): value for name, value in self.given.items()}
         parts = [f"{name}={shown}" for name, value in sorted(named.items()) if (shown := _shown(value))]
         return " ".join([*parts, *([f"batch={dict(self.batch_axes)}"] if self.batch_axes else [])])
 
@@ -94,32 +99,38 @@ class Kernel[Config, Output]:
         """The method of this name for a chip, or the general one."""
         return getattr(self, f"{name}_{chip}", None) or getattr(self, name)
 
-    def query(self, inv: Invocation) -> Query:
-        """What selection has to know about an invocation."""
-        given = {**dict(enumerate(inv.args)), **inv.kwargs}
-        arrays = {name: value for name, value in given.items() if _is_array(value)}
-        device = current(next((value for value in arrays.values() if isinstance(value, jax.Array)), None))
-        traced = any(map(is_traced, arrays.values()))
+    def call(self, inv: Invocation) -> Call:
+        """An invocation as selection sees it."""
+        return _Call(self, inv)
 
-        def program(cfg: Any) -> Callable[..., Any]:
-            def call(*values: Any) -> Any:
-                full = given | dict(zip(arrays, values, strict=True))
-                args = [full.pop(i) for i in range(len(inv.args))]
-                return self.hook("run", device.platform)(*args, cfg=cfg, **full)
 
-            return call
+class _Call(Call):
+    """A call of any kernel: its hooks name the configs, its arrays are what a tuner runs on."""
 
-        return Query(
-            op=f"{self.op_id}@{self.version}",
-            device=device,
-            stem=inv.make_key(self.key_builder),
-            heuristic=lambda: self.hook("heuristic_cfg", device.platform)(inv),
-            candidates=lambda: list(self.hook("candidate_cfgs", device.platform)(inv)),
-            program=program,
-            args=tuple(arrays.values()),
-            explicit=inv.override_cfg,
-            untunable=lambda tuner: "inside jit there is nothing to time: heuristics decide" if traced else None,
-        )
+    def __init__(self, kernel: Kernel, inv: Invocation) -> None:
+        self.kernel, self.inv, self.explicit = kernel, inv, inv.override_cfg
+        self.arrays = {name: value for name, value in inv.given.items() if _is_array(value)}
+        self.args = tuple(self.arrays.values())
+        self.device = current(next((value for value in self.args if isinstance(value, jax.Array)), None))
+        self.op, self.stem = f"{kernel.op_id}@{kernel.version}", inv.make_key(kernel.key_builder)
+
+    def heuristic(self) -> Any:
+        return self.kernel.hook("heuristic_cfg", self.device.platform)(self.inv)
+
+    def candidates(self) -> list[Any]:
+        return list(self.kernel.hook("candidate_cfgs", self.device.platform)(self.inv))
+
+    def program(self, config: Any) -> Callable[..., Any]:
+        def run(*values: Any) -> Any:
+            full = self.inv.given | dict(zip(self.arrays, values, strict=True))
+            args = [full.pop(i) for i in range(len(self.inv.args))]
+            return self.kernel.hook("run", self.device.platform)(*args, cfg=config, **full)
+
+        return run
+
+    def untunable(self, tuner: Any, asked: bool) -> str | None:
+        traced = any(map(is_traced, self.args))
+        return "inside jit there is nothing to time: heuristics decide" if traced else super().untunable(tuner, asked)
 
 
 class Executor[Config, Output]:
@@ -135,15 +146,14 @@ class Executor[Config, Output]:
         self.stamp_prefix = stamp_prefix
 
     def __call__(
-        self, kernel: Kernel, *args: Any, cfg: Any | None = None, stamp: bool = True, method: str | None = None,
-        mesh: Any | None = None, in_specs: Any | None = None, out_specs: Any | None = None, check_vma: bool = False,
-        **kwargs: Any,
+        self, kernel: Kernel, *args: Any, stamp: bool = True, method: str | None = None, mesh: Any | None = None,
+        in_specs: Any | None = None, out_specs: Any | None = None, check_vma: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
         """Run `kernel` on these arguments; with a mesh (or `method="shard_map"`), over it."""
         if method not in (None, "shard_map"):
             raise ValueError(f"method={method!r}: 'shard_map' or None is expected")
         over = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
-        inv = _invocation(kernel, args, kwargs, cfg, stamp=stamp, method=method, **over)
+        inv = _invocation(kernel, args, kwargs, stamp=stamp, method=method, **over)
         chosen = self.chooser.choose(inv, kernel)
         if method == "shard_map" or any(value is not None for value in (mesh, in_specs, out_specs)):
             fn, call_args, *callback = kernel.create_shard_map_wrapper(*inv.args, cfg=chosen, **over, **inv.kwargs)
@@ -153,18 +163,22 @@ class Executor[Config, Output]:
         with scope:
             return kernel.hook("run", current().platform)(*inv.args, cfg=chosen, **inv.kwargs)
 
-    def choose_config(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Any:
+    def choose_config(self, kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
         """The config a call would run on."""
-        return self.chooser.choose(_invocation(kernel, args, kwargs, cfg), kernel)
+        return self.chooser.choose(_invocation(kernel, args, kwargs), kernel)
 
-    def compile(self, kernel: Kernel, *args: Any, cfg: Any | None = None, **kwargs: Any) -> Callable[..., Any]:
+    def compile(self, kernel: Kernel, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """A jitted function of the kernel's arrays on the config that these examples select."""
-        chosen = self.choose_config(kernel, *args, cfg=kwargs.pop("_cfg", cfg), **kwargs)
-        fixed = {name: value for name, value in kwargs.items() if not _is_array(value)}
+        chosen = self.choose_config(kernel, *args, **kwargs)
+        fixed = {name: value for name, value in kwargs.items() if not _is_array(value) and name not in _OVERRIDES}
         return jax.jit(lambda *arrays, **named: self(kernel, *arrays, cfg=chosen, **{**fixed, **named}))
 
 
-def _invocation(kernel: Kernel, args: Any, kwargs: dict[str, Any], cfg: Any, **how: Any) -> Invocation:
-    override = kwargs.pop("_cfg", cfg)  # the seed's name for it
-    args, kwargs = kernel.prepare(*args, **kwargs)
-    return Invocation(kernel.op_id, args, kwargs, override_cfg=override, **how)
+_OVERRIDES = ("_cfg", "cfg")  # the seed's name for the caller's own config, and ours
+
+
+def _invocation(kernel: Kernel, args: Any, kwargs: dict[str, Any], **how: Any) -> Invocation:
+    own = next((kwargs[name] for name in _OVERRIDES if kwargs.get(name) is not None), None)
+    plain = {name: value for name, value in kwargs.items() if name not in _OVERRIDES}
+    args, plain = kernel.prepare(*args, **plain)
+    return Invocation(kernel.op_id, args, plain, override_cfg=own, **how)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rpa import api, registry, select
-from rpa.chain import Query
+from rpa import api, registry
+from rpa.arguments import Options, taking
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.kernel import Invocation, Kernel
 from rpa.mesh import layout_of
-from rpa.registered import detect_platform, kernel_registry
+from rpa.select import Attention
 from rpa.signature import Inputs
 
 # The chips whose candidates are asked for where there is none of them.
@@ -34,16 +34,16 @@ class RaggedPageAttentionv2(Kernel):
 
     op_id = registry.ALGORITHM
 
-    @api.taking(_ARRAYS + "platform " + _STATIC, "cfg validate " + _MORE, cfg=inspect.Parameter.empty)
+    @taking(_ARRAYS + "platform " + _STATIC, "cfg validate " + _MORE, cfg=inspect.Parameter.empty)
     def run(self, **call: Any) -> Any:
         """The public function on exactly this config; `platform` wins over the config's own."""
         return api.ragged_page_attention_v2(**call)
 
-    @api.taking(_ARRAYS + _STATIC + "platform cfg mesh in_specs out_specs check_vma " + _MORE, check_vma=False)
+    @taking(_ARRAYS + _STATIC + "platform cfg mesh in_specs out_specs check_vma " + _MORE, check_vma=False)
     def create_shard_map_wrapper(self, **call: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """`(fn, call_args)`: `fn(*call_args)` is the call over the mesh, and `fn` takes the seven arrays."""
         arrays = Inputs(*map(call.pop, Inputs._fields))
-        options = api.Options(*map(call.pop, api.Options._fields))
+        options = Options(*map(call.pop, Options._fields))
         layout_of(call["mesh"], call["in_specs"])  # what is wrong with them is said now
         *seven, k_scale, v_scale = arrays
 
@@ -58,28 +58,20 @@ class RaggedPageAttentionv2(Kernel):
         Raises:
             ValueError: there is none for the config's platform and backend.
         """
-        platform = detect_platform(registry.ALGORITHM, cfg.platform)
-        return kernel_registry.get(registry.ALGORITHM, platform, cfg.backend)
+        platform = registry.detect_platform(registry.ALGORITHM, cfg.platform)
+        return registry.kernel_registry.get(registry.ALGORITHM, platform, cfg.backend)
 
-    def query(self, inv: Invocation) -> Query:
-        call = _call_of(inv)
-        chip = call["device"].platform
-        return replace(
-            select.query_of(**call),
-            heuristic=lambda: self.hook("heuristic_cfg", chip)(inv),
-            candidates=lambda: list(self.hook("candidate_cfgs", chip)(inv)),
-        )
+    def call(self, inv: Invocation) -> Attention:
+        return _Call(**vars(_call_of(inv)), kernel=self, inv=inv)
 
     def heuristic_cfg(self, inv: Invocation) -> RaggedPageAttentionv2Config:
         """The preferred backend's own choice."""
-        return select.query_of(**_call_of(inv)).heuristic()
+        return _call_of(inv).heuristic()
 
     def candidate_cfgs(self, inv: Invocation, chip: str | None = None) -> list[RaggedPageAttentionv2Config]:
         """What the backends of the device at hand would have timed, or those of a stand-in for a chip that is not."""
         call = _call_of(inv)
-        if chip not in (None, call["device"].platform):
-            call["device"] = _STAND_INS[chip]
-        return list(select.query_of(**call).candidates())
+        return (call if chip in (None, call.device.platform) else replace(call, device=_STAND_INS[chip])).candidates()
 
     def candidate_cfgs_gpu(self, inv: Invocation) -> list[RaggedPageAttentionv2Config]:
         """The same for a GPU: the one at hand, or an H200."""
@@ -93,7 +85,21 @@ class RaggedPageAttentionv2(Kernel):
     candidate_cfgs_shard_map_tpu = candidate_cfgs_tpu
 
 
-def _call_of(inv: Invocation) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Call(Attention):
+    """A call whose configs the class names, or a subclass of it."""
+
+    kernel: Any = None
+    inv: Any = None
+
+    def heuristic(self) -> Any:
+        return self.kernel.hook("heuristic_cfg", self.device.platform)(self.inv)
+
+    def candidates(self) -> list[Any]:
+        return list(self.kernel.hook("candidate_cfgs", self.device.platform)(self.inv))
+
+
+def _call_of(inv: Invocation) -> Attention:
     """An invocation as selection sees it; metadata that it leaves out are those of an idle batch."""
     run = inspect.signature(RaggedPageAttentionv2.run)
     given = run.bind_partial(None, *inv.args, **inv.kwargs).arguments
@@ -107,4 +113,4 @@ def _call_of(inv: Invocation) -> dict[str, Any]:
         "num_seqs": max_seqs,
     }
     over = {"mesh": inv.mesh, "in_specs": inv.in_specs, "out_specs": inv.out_specs, "cfg": inv.override_cfg}
-    return api.described({**idle, **given, **over})
+    return api.call_of({**idle, **given, **over})

@@ -1,8 +1,9 @@
-"""The compiled program of a backend, a signature and a config, and the label it carries into the lowered text."""
+"""A backend as a value, and the compiled program of one, a signature and a config."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
-from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 from rpa.validate import as_int32
 
@@ -23,6 +23,18 @@ _SHORT = {
     "num_stages": "stages",
     "num_kv_splits": "splits",
 }
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend: what it runs, what it cannot, how it is tuned, and how wrong it may be."""
+
+    name: str
+    run: Callable[[Inputs, Signature, RaggedPageAttentionv2Config], tuple[Any, Any]]
+    supports: Callable[[Signature, Device], str | None]  # the reason it cannot, or None
+    heuristic: Callable[[Signature, Device], RaggedPageAttentionv2Config]
+    candidates: Callable[[Signature, Device], tuple[RaggedPageAttentionv2Config, ...]]
+    claim: Callable[[Signature, Device], dict[str, Any]]  # keyword arguments of oracle.Claim
 
 
 def label(implementation: Implementation, config: Any) -> str:

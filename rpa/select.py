@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from rpa import cache, registry, settings, tune
 from rpa.cache import PersistentCache, Triple
-from rpa.chain import ConfigSelectorChain, Found, Lookup, Query
+from rpa.chain import Answer, Call, ConfigSelectorChain, Found
 from rpa.config import RaggedPageAttentionv2Config
-from rpa.device import Device, fingerprint
-from rpa.program import Program
-from rpa.registry import Implementation
+from rpa.device import Device
+from rpa.program import Implementation, Program
+from rpa.registry import KernelSpec
 from rpa.signature import Inputs, Signature
 
 STORE = "ragged-page-attention"
 _IDLE = "this batch is mostly idle"
+_MODEL = ("heads", "dim", "q", "kv", "compute", "decode")  # what a shipped config is never taken across
+_NOTHING = (math.inf, "")
 
 
 @lru_cache(maxsize=1)
@@ -38,10 +39,114 @@ def moment() -> Any:
     if cache.overlays.get() or chain.on_event:
         return None
     stores = chain.cache.generation, PersistentCache.generation
-    return stores, registry.added, chain.policy, settings.environment()
+    return stores, registry.kernel_registry.specs, chain.policy, settings.environment()
 
 
-# ------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------ a call, and what it gets
+
+
+@dataclass(frozen=True)
+class Attention(Call):
+    """A call of our operation, validated; `platform` wins over the config's own.
+
+    Args:
+        inputs: concrete arrays that a tuner may run on; None where there are none, as inside jit.
+        sharding: how the call is spread over a mesh, part of the key.
+    """
+
+    signature: Signature
+    device: Device
+    platform: str = "auto"
+    explicit: RaggedPageAttentionv2Config | None = None
+    inputs: Inputs | None = None
+    sharding: str = "none"
+    op: ClassVar[str] = f"{registry.ALGORITHM}@0"
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return () if self.inputs is None else (self.inputs,)
+
+    @property
+    def stem(self) -> str:
+        return stem(self.signature, self.platform_for(self.explicit), self.sharding)
+
+    def platform_for(self, config: RaggedPageAttentionv2Config | None) -> str:
+        """What the call asks for, by itself or else in a config."""
+        return self.platform if self.platform != "auto" or config is None else config.platform
+
+    def kernel_for(self, config: RaggedPageAttentionv2Config | None) -> tuple[KernelSpec, str]:
+        """The kernel that a config means here, and why that one; without a config the preferred."""
+        return registry.resolve(self.platform_for(config), self.signature, self.device)
+
+    def own(self, spec: KernelSpec) -> RaggedPageAttentionv2Config:
+        """A kernel's own choice."""
+        config = registry.implementation_of(spec).heuristic(self.signature, self.device)
+        return config.replace(platform=spec.platform)
+
+    def heuristic(self) -> RaggedPageAttentionv2Config:
+        return self.own(self.kernel_for(self.explicit)[0])
+
+    def candidates(self) -> list[RaggedPageAttentionv2Config]:
+        """Every kernel's own choice, the preferred one's first, then their variations."""
+        able = registry.able(self.platform_for(self.explicit), self.signature, self.device)
+        variations = [
+            config.replace(platform=spec.platform)
+            for spec in able
+            for config in registry.implementation_of(spec).candidates(self.signature, self.device)
+        ]
+        return list(dict.fromkeys([*map(self.own, able), *variations]))
+
+    def program(self, config: RaggedPageAttentionv2Config) -> Program:
+        return Program(registry.implementation_of(self.kernel_for(config)[0]), self.signature, config, self.device)
+
+    def fit(self, config: RaggedPageAttentionv2Config) -> Answer:
+        if self.platform not in ("auto", config.platform) and config.platform != "auto":
+            return None, f"it is for platform={config.platform!r}"
+        if config.backend not in ("any", self.device.platform):
+            return None, f"it is for backend={config.backend!r}"
+        able = registry.able(self.platform_for(config), self.signature, self.device)
+        if not able:
+            return None, f"no kernel of platform={config.platform!r} takes this call"
+        if config == RaggedPageAttentionv2Config(platform=config.platform):  # names no more than a backend
+            return self.own(able[0]), ""
+        refusal = self.program(config).refusal()
+        if refusal is not None:  # by hand, or by another version of the backend
+            cache.warn(f"a stored {config} is ignored: {refusal}")
+            return None, refusal
+        return config, ""
+
+    def untunable(self, tuner: Any, asked: bool) -> str | None:
+        if reason := super().untunable(tuner, asked):
+            return reason
+        if not asked and cache.shipped(self.device):
+            return f"a table ships for {self.device.kind}, so no call waits; RPA_AUTOTUNE_POLICY=autotune would tune"
+        if self.sharding != "none":
+            return "a sharded call is not tuned: all its processes must decide alike"
+        if self.inputs is None:
+            return "inside jit there is nothing to time: tables and heuristics decide"
+        count = int(np.asarray(self.inputs.num_seqs).reshape(-1)[0])
+        offsets = np.asarray(self.inputs.query_start_loc)
+        live = int(offsets[count]) - int(offsets[0]) if 0 < count < len(offsets) else 0
+        if 2 * live < self.signature.num_tokens or not np.asarray(self.inputs.context_lens)[:count].any():
+            return f"{_IDLE} ({live} of {self.signature.num_tokens} rows live) and stands for no other"
+        return tune.why_not(tuner)
+
+    def shipped(self) -> Answer:
+        """The config that ships for the calls most like this one.
+
+        An entry for as many tokens in pages of another size serves as it is, since GPU blocks are in tokens; one for
+        other sizes or options of the same heads and dtypes names the backend, and leaves the block sizes to it.
+        """
+        table, wanted = cache.shipped(self.device), _parsed(stem(self.signature, "auto", "none"))
+        far, key = min(((_distance(wanted, _parsed(key.partition("|")[2])), key) for key in table), default=_NOTHING)
+        if far == math.inf:
+            return None, "the tables that ship hold nothing like it for this device"
+        config = cache.config_of(table[key], f"the table that ships: {key!r}")
+        if config is None or far < 1:
+            return config, f"it ships: {table[key].get('note', '')}"
+        return RaggedPageAttentionv2Config(
+            platform=config.platform
+        ), f"the nearest that ships is {key.partition('|')[2]}"
 
 
 @dataclass(frozen=True)
@@ -57,107 +162,20 @@ class Choice(Found):
         return any(answer.startswith(_IDLE) for _, answer in self.trail)
 
 
-def choose(
-    signature: Signature, device: Device, platform: str, cfg: RaggedPageAttentionv2Config | None, *,
-    dry: bool = False, **more: Any,
-) -> Choice:  # fmt: skip
-    """The backend and the config of a validated call; `platform` wins over the config's own.
-
-    Args:
-        more: `inputs` and `sharding`, as in `query_of`.
+def choose(call: Attention, *, dry: bool = False) -> Choice:
+    """The backend and the config of a call; with `dry` nothing is tuned.
 
     Raises:
         ValueError: no backend of the platform can take the call.
     """
-    if cfg is not None and cfg.backend not in ("any", device.platform) and platform != "xla":  # which runs anywhere
-        raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {device.platform} ({device.kind})")
-    asked = platform_of(platform, cfg)
-    implementation, why = registry.resolve(asked, signature, device)
-    query = query_of(signature, device, platform, cfg, **more)
-    found = default_chain().find(query, dry=dry)
-    if found.source not in ("explicit", "heuristic"):  # those two speak of the preferred backend
-        implementation, why = registry.resolve(platform_of(asked, found.config), signature, device)
-    reason = f"{found.reason}; {implementation.name}: {why}"
-    return Choice(found.config, found.source, reason, found.trail, implementation, query.triple)
-
-
-def query_of(
-    signature: Signature, device: Device, platform: str, cfg: RaggedPageAttentionv2Config | None, *,
-    inputs: Inputs | None = None, sharding: str = "none",
-) -> Query:  # fmt: skip
-    """Our operation's call, as the chain sees it.
-
-    Args:
-        inputs: concrete arrays that a tuner may run on; None where there are none, as inside jit.
-        sharding: how the call is spread over a mesh, part of the key.
-    """
-    platform = platform_of(platform, cfg)
-
-    def own_choice(slot: registry.Slot) -> RaggedPageAttentionv2Config:
-        return registry.implementation_of(slot).heuristic(signature, device).replace(platform=slot.platform)
-
-    def candidates() -> list[RaggedPageAttentionv2Config]:
-        """Every backend's own choice, the preferred one's first, then their variations."""
-        slots = registry.able(platform, signature, device)
-        variations = [
-            config.replace(platform=slot.platform)
-            for slot in slots
-            for config in registry.implementation_of(slot).candidates(signature, device)
-        ]
-        return list(dict.fromkeys([*map(own_choice, slots), *variations]))
-
-    def program(config: RaggedPageAttentionv2Config) -> Program:
-        implementation, _ = registry.resolve(platform_of(platform, config), signature, device)
-        return Program(implementation, signature, config, device)
-
-    def fit(config: RaggedPageAttentionv2Config) -> tuple[RaggedPageAttentionv2Config | None, str]:
-        if platform not in ("auto", config.platform) and config.platform != "auto":
-            return None, f"it is for platform={config.platform!r}"
-        if config.backend not in ("any", device.platform):
-            return None, f"it is for backend={config.backend!r}"
-        slots = registry.able(platform_of(platform, config), signature, device)
-        if not slots:
-            return None, f"no kernel of platform={config.platform!r} takes this call"
-        if config == RaggedPageAttentionv2Config(platform=config.platform):  # names no more than a backend
-            return own_choice(slots[0]), ""
-        refusal = program(config).refusal()
-        if refusal is not None:  # by hand, or by another version of the backend
-            cache.warn(f"a stored {config} is ignored: {refusal}")
-        return (config, "") if refusal is None else (None, refusal)
-
-    return Query(
-        op=f"{registry.ALGORITHM}@0",
-        device=device,
-        stem=stem(signature, platform, sharding),
-        shipped=lambda: _nearest(cache.shipped(fingerprint(device)), stem(signature, "auto", "none")),
-        heuristic=lambda: own_choice(registry.able(platform, signature, device)[0]),
-        candidates=candidates,
-        program=program,
-        args=() if inputs is None else (inputs,),
-        explicit=cfg,
-        untunable=lambda tuner: _untunable(inputs, signature, sharding) or tune.why_not(tuner),
-        fit=fit,
-    )
-
-
-def _untunable(inputs: Inputs | None, signature: Signature, sharding: str) -> str | None:
-    """The reason a call's own arrays are no ground for a decision that later calls inherit."""
-    if sharding != "none":
-        return "a sharded call is not tuned: all its processes must decide alike"
-    if inputs is None:
-        return "inside jit there is nothing to time: tables and heuristics decide"
-    count = int(np.asarray(inputs.num_seqs).reshape(-1)[0])
-    offsets = np.asarray(inputs.query_start_loc)
-    contexts = np.asarray(inputs.context_lens)[:count]
-    live = int(offsets[count]) - int(offsets[0]) if 0 < count < len(offsets) else 0
-    if 2 * live < signature.num_tokens or not contexts.any():
-        return f"{_IDLE} ({live} of {signature.num_tokens} rows live) and stands for no other"
-    return None
-
-
-def platform_of(asked: str, config: Any) -> str:
-    """The platform that a call asks for, by itself or else in its config."""
-    return asked if asked != "auto" or config is None else config.platform
+    cfg, chip = call.explicit, call.device.platform
+    if cfg is not None and cfg.backend not in ("any", chip) and call.platform != "xla":  # which runs anywhere
+        raise ValueError(f"cfg.backend={cfg.backend!r}: this call is lowered for {chip} ({call.device.kind})")
+    found = default_chain().find(call, dry=dry)
+    # A heuristic is the preferred kernel's own; any other config may name one.
+    spec, why = call.kernel_for(cfg if found.source == "heuristic" else found.config)
+    reason = f"{found.reason}; {spec.name}: {why}"
+    return Choice(found.config, found.source, reason, found.trail, registry.implementation_of(spec), call.triple)
 
 
 # ------------------------------------------------------------------ the readable keys
@@ -188,47 +206,30 @@ def stem(signature: Signature, platform: str, sharding: str) -> str:
     return " ".join([platform, *(f"{name}={value}" for name, value in told.items() if value is not None), *flags])
 
 
-def _nearest(table: Mapping[str, Any], stem: str) -> Lookup:
-    """The config that ships for the calls most like this one, and the reason.
-
-    An entry for as many tokens in pages of another size serves as it is, since GPU blocks are in tokens; one for other
-    sizes or options of the same heads and dtypes names the backend, and leaves the block sizes to it.
-    """
-    far, key = min(((_distance(stem, key.partition("|")[2]), key) for key in table), default=(math.inf, ""))
-    if far == math.inf:
-        return None, "the tables that ship hold nothing like it for this device"
-    config = cache.config_of(table[key], f"the table that ships: {key!r}")
-    if config is None or far < 1:
-        return config, f"it ships: {table[key].get('note', '')}"
-    return RaggedPageAttentionv2Config(platform=config.platform), f"the nearest that ships is {key.partition('|')[2]}"
-
-
-def _distance(one: str, other: str) -> float:
-    """How far apart two calls stand: doublings of their sizes, eight for an option, infinite for other heads."""
-    (sizes, model, options), (other_sizes, other_model, other_options) = _parsed(one), _parsed(other)
-    if model != other_model:
-        return math.inf
-    # A page's size is worth less than anything else, as long as the table holds no more tokens in all.
-    doublings = (abs(size - other_sizes[name]) / (64 if name == "page" else 1) for name, size in sizes.items())
-    return sum(doublings) + 8 * len(options ^ other_options)
-
-
-@lru_cache(maxsize=4096)
-def _parsed(stem: str) -> tuple[dict[str, float], frozenset[str], frozenset[str]]:
-    """What a key tells: sizes as powers of two, what makes a model (and whether it decodes), and options."""
-    sizes: dict[str, float] = {"window<": 20.0}  # where there is none, one of a million tokens
-    model, options = set(), set()
-    for word in stem.split():
-        name, _, value = word.partition("=")
-        if name in ("tokens<", "seqs<", "pages<", "page", "window<"):
-            sizes[name] = math.log2(int(value))
-        else:
-            (model if name in ("heads", "dim", "q", "kv", "compute") else options).add(word)
-    sizes["pages<"] += sizes["page"]  # from pages to tokens
-    model |= {"decode"} if sizes["tokens<"] <= sizes["seqs<"] else set()
-    return sizes, frozenset(model), frozenset(options)
-
-
 def _bucket(count: int) -> int:
     """The next power of two."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def _distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """How far apart two keys stand: doublings of their sizes, eight for an option, infinite for another model."""
+    far = 0.0
+    for name in one.keys() | other.keys():
+        mine, its = one.get(name), other.get(name)
+        if isinstance(mine, float) and isinstance(its, float):
+            far += abs(mine - its) / (64 if name == "page" else 1)  # the same tokens in other pages are the nearest
+        elif mine != its:
+            far += math.inf if name in _MODEL else 8
+    return far
+
+
+@lru_cache(maxsize=4096)
+def _parsed(stem: str) -> dict[str, Any]:
+    """What a key tells by name, sizes as powers of two."""
+    told: dict[str, Any] = {"window<": 20.0}  # where there is none, one of a million tokens
+    for word in stem.split():
+        name, _, value = word.partition("=")
+        told[name] = math.log2(int(value)) if name.endswith("<") or name == "page" else value
+    told["pages<"] += told["page"]  # from pages to tokens
+    told["decode"] = told["tokens<"] <= told["seqs<"]
+    return told

@@ -43,12 +43,12 @@ def program(
     wanted = _out_specs(out_specs, signature, mesh)
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: nothing_to_do(signature)
-    choices = [(local, select.choose(local, device, platform, cfg, sharding=plan.label))]
+    calls = [select.Attention(local, device, platform, cfg, sharding=plan.label)]
     edge = edge_signature(signature, plan)
     if edge is not None:  # block sizes in pages mean nothing to pages of one slot
-        asked = select.platform_of(platform, cfg)
-        choices.append((edge, select.choose(edge, device, asked, None, sharding=plan.label)))
-    kernels = tuple(compiled(found.implementation, share, found.config, device) for share, found in choices)
+        calls.append(select.Attention(edge, device, calls[0].platform_for(cfg), sharding=plan.label))
+    choices = zip(calls, map(select.choose, calls), strict=True)
+    kernels = tuple(compiled(found.implementation, call.signature, found.config, device) for call, found in choices)
     sharded = _program(signature, plan, kernels, wanted, check_vma)
     return lambda inputs: sharded(_placed(inputs, signature, plan))
 

@@ -83,7 +83,7 @@ def claim_for(arrays: tuple, options: dict[str, Any], mesh: Mesh, specs: Any) ->
     _, signature = api.prepare(full, statics, False)
     plan = layout_of(mesh, specs)
     local = local_signature(signature, plan)
-    implementation, _ = registry.resolve("auto", local, current())
+    implementation = registry.implementation_of(registry.resolve("auto", local, current())[0])
     claim = implementation.claim(signature if not plan.pages else local, current())
     output = implementation.claim(signature, current())
     return Claim(**{**claim, "u_o": output["u_o"], "eta_o": output["eta_o"]})

@@ -14,6 +14,7 @@ import pytest
 
 from rpa import ConfigCache, PersistentCache, RaggedPageAttentionv2Config, overlay_cache
 from rpa import cache as stores
+from rpa.device import Device
 
 CFG = RaggedPageAttentionv2Config(num_queries_per_block=32, platform="xla")
 OTHER = CFG.replace(num_queries_per_block=64)
@@ -318,10 +319,8 @@ def test_a_damaged_table_that_ships_is_a_warning_and_a_miss(tmp_path, monkeypatc
     monkeypatch.setattr(stores.resources, "files", lambda package: tmp_path)
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "some_chip.json").write_text('{"schema": 1, "entr')
-    stores.shipped.cache_clear()
     with pytest.warns(RuntimeWarning, match="counts as empty"):
-        assert stores.shipped("Some Chip") == {}
-    stores.shipped.cache_clear()
+        assert stores.shipped(Device("gpu", "Some Chip")) == {}
 
 
 def test_what_is_no_file_is_neither_opened_nor_replaced(store):

@@ -15,6 +15,7 @@ import small_call
 from fuzz.models import MODELS
 from rpa import (
     Backend,
+    ConfigSelectorChain,
     KernelSpec,
     Platform,
     RaggedPageAttentionv2Config,
@@ -23,11 +24,11 @@ from rpa import (
     explain,
     kernel_registry,
     ragged_page_attention_v2,
-    registered,
     registry,
     select,
 )
 from rpa.device import Device
+from rpa.signature import Inputs
 
 ALGORITHM = "ragged_page_attention_v2"
 _XLA = registry.load("xla")
@@ -246,7 +247,7 @@ def test_a_refusal_gives_every_backends_reason_and_who_can_take_the_call():
         _answer(platform="cuda")
     text = str(caught.value)
     for slot in registry.exists():
-        assert f"{slot.name}: " in text or f"platform={slot.platform!r}" in text
+        assert f"{slot.name}: " in text or f"platform={str(slot.platform)!r}" in text
     assert "Backends that can take it here: platform='xla'" in text
 
 
@@ -263,7 +264,7 @@ def test_detection_takes_what_can_run_on_the_device(platform, monkeypatch):
     takes_all = replace(registry.load("xla"), supports=lambda signature, device: None)
     monkeypatch.setattr(registry, "load", lambda name: takes_all)
     for device in (H200, V6E, CPU):
-        monkeypatch.setattr(registered, "current", lambda device=device: device)
+        monkeypatch.setattr(registry, "current", lambda device=device: device)
         assert detect_platform(ALGORITHM, platform) == everyone[device.platform]
 
     def without_triton(name):
@@ -272,7 +273,7 @@ def test_detection_takes_what_can_run_on_the_device(platform, monkeypatch):
         return takes_all
 
     monkeypatch.setattr(registry, "load", without_triton)
-    monkeypatch.setattr(registered, "current", lambda: H200)
+    monkeypatch.setattr(registry, "current", lambda: H200)
     assert detect_platform(ALGORITHM, platform) == Platform.PALLAS
 
 
@@ -292,13 +293,54 @@ def test_the_table_that_ships_decides_where_it_knows(monkeypatch):
     assert (choice.source, choice.implementation.name, choice.config.platform) == ("shipped", "triton", "triton")
     assert "42 us" in choice.reason
     assert choice.config == _XLA.heuristic(decode, H200).replace(platform="triton")  # the table names no more than it
-    assert select.choose(decode, H200, "triton", None).config == choice.config
-    assert select.choose(decode, H200, "auto", None, sharding="heads:4").config == choice.config
-    assert select.choose(decode, H200, "xla", None).source == "heuristic"
+    assert _chosen(decode, H200, "triton", None).config == choice.config
+    assert _chosen(decode, H200, "auto", None, sharding="heads:4").config == choice.config
+    assert _chosen(decode, H200, "xla", None).source == "heuristic"
+
+
+def _chosen(*call, **more) -> select.Choice:
+    return select.choose(select.Attention(*call, **more))
 
 
 def test_a_chip_without_a_table_is_served_by_heuristics():
-    assert select.choose(registry.TYPICAL, Device("gpu", "NVIDIA A100", (8, 0)), "xla", None).source == "heuristic"
+    assert _chosen(registry.TYPICAL, Device("gpu", "NVIDIA A100", (8, 0)), "xla", None).source == "heuristic"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"kv_dtype": "float8_e4m3fn", "k_scale": True, "v_scale": True}, {"kv_dtype": "int8", "k_scale": True},
+     {"q_dtype": "float16", "kv_dtype": "float16"}, {"q_dtype": "float32", "kv_dtype": "float32"},
+     {"num_q_heads": 40, "num_kv_heads": 10}, {"head_dim": 80}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "word", "source"),
+    [(H200, None, "heuristic"), (H200, "autotune", "autotune"), (replace(H200, kind="NVIDIA H100"), None, "autotune")],
+    ids=["H200", "H200 asked to tune", "a chip without a table"],
+)
+def test_a_model_that_no_table_holds_waits_for_no_tuning_where_a_table_ships(model, device, word, source, monkeypatch):
+    class Asked:
+        def autotune(self, make_fn, args, kwargs, candidates):
+            return candidates[0]
+
+    monkeypatch.setattr(registry, "load", _able)
+    chain = ConfigSelectorChain(tuner=Asked())
+    monkeypatch.setattr(select, "default_chain", lambda: chain)
+    monkeypatch.delenv("EJKERNEL_AUTOTUNE_POLICY", raising=False)
+    monkeypatch.delenv("RPA_AUTOTUNE_POLICY", raising=False)
+    if word:
+        monkeypatch.setenv("RPA_AUTOTUNE_POLICY", word)
+    signature = replace(registry.TYPICAL, **model)
+    live = Inputs(*map(np.asarray, (0, 0, [9] * 8, 0, range(9), [8])))  # pyright: ignore[reportArgumentType]
+    choice = _chosen(signature, device, inputs=live)
+    assert choice.source == source
+    assert choice.config == _XLA.heuristic(signature, device).replace(platform="triton")  # decode's preferred kernel
+    told = dict(choice.trail)
+    assert told["shipped"] == "the tables that ship hold nothing like it for this device"
+    if source == "heuristic":
+        assert told["autotune"] == (
+            "a table ships for NVIDIA H200, so no call waits; RPA_AUTOTUNE_POLICY=autotune would tune"
+        )
 
 
 def _able(name: str) -> registry.Implementation:
@@ -309,8 +351,8 @@ def _able(name: str) -> registry.Implementation:
 def _told(table: dict[str, dict], signature, monkeypatch) -> select.Choice:
     monkeypatch.setattr(registry, "load", _able)
     entries = {f"{ALGORITHM}@0|{key}": {"config": config, "note": "42 us"} for key, config in table.items()}
-    monkeypatch.setattr(cache, "shipped", lambda kind: entries)
-    return select.choose(signature, H200, "auto", None)
+    monkeypatch.setattr(cache, "shipped", lambda device: entries)
+    return _chosen(signature, H200, "auto", None)
 
 
 def test_the_nearest_entry_that_ships_serves_calls_of_other_sizes_by_its_backend_alone(monkeypatch):
@@ -363,7 +405,7 @@ def test_a_first_call_on_an_h200_is_served_by_what_ships(layer, monkeypatch):
             page_size=page, num_kv_heads=model.num_kv_heads, max_seqs=seqs, pages_per_seq=tokens // page,
             sinks=kind.sinks, logits_soft_cap=kind.logits_soft_cap, sliding_window=kind.sliding_window,
         )  # fmt: skip
-        assert select.choose(call, H200, "auto", None).source == "shipped"
+        assert _chosen(call, H200, "auto", None).source == "shipped"
 
 
 def test_detection_of_a_platform_without_kernel_is_an_error():

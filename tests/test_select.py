@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from rpa import (
     registry,
     select,
 )
-from rpa.chain import Query
+from rpa.chain import Call
 from rpa.device import Device
 from rpa.select import stem
 from rpa.tune import TuningFailed
@@ -64,12 +64,27 @@ class FakeTuner:
 GPU = Device("gpu", "chip")
 
 
-def _query(**changes) -> Query:
-    plain = Query(
-        op="op@0", device=GPU, stem="tokens<=8", heuristic=lambda: CFGS["heuristic"], candidates=list,
-        program=lambda config: lambda: config,
-    )  # fmt: skip
-    return replace(plain, **changes)
+@dataclass(frozen=True)
+class _Call(Call):
+    """A call of some operation."""
+
+    device: Device = GPU
+    explicit: object = None
+    known: tuple = (None, "nothing ships for it")
+    unfit: object = None
+    op, stem, args = "op@0", "tokens<=8", ()
+
+    def heuristic(self):
+        return CFGS["heuristic"]
+
+    def shipped(self):
+        return self.known
+
+    def program(self, config):
+        return lambda: config
+
+    def fit(self, config):
+        return (None, "too wide") if config == self.unfit else (config, "")
 
 
 def _chain(tmp_path, tuner=None, **changes) -> ConfigSelectorChain:
@@ -81,21 +96,21 @@ def _chain(tmp_path, tuner=None, **changes) -> ConfigSelectorChain:
 def test_the_first_stage_that_knows_decides(first, tmp_path):
     events = []
     chain = _chain(tmp_path, on_event=lambda name, **details: events.append((name, details.get("level"))))
-    query = _query()
+    call = _Call()
     has = STAGES[STAGES.index(first) :]  # this stage and all later ones hold a config
     if "explicit" in has:
-        query = replace(query, explicit=CFGS["explicit"])
+        call = replace(call, explicit=CFGS["explicit"])
     if "memory" in has:
-        chain.cache.put(*query.triple, CFGS["memory"])
+        chain.cache.put(*call.triple, CFGS["memory"])
     if "persistent" in has:
         assert chain.persistent is not None
-        chain.persistent.put(*query.triple, CFGS["persistent"])
+        chain.persistent.put(*call.triple, CFGS["persistent"])
     if "shipped" in has:
-        query = replace(query, shipped=lambda: (CFGS["shipped"], "measured"))
+        call = replace(call, known=(CFGS["shipped"], "measured"))
     if "autotune" not in has:
         chain = _chain(tmp_path, policy=AutotunePolicy(allow_autotune=False), on_event=chain.on_event)
-    with overlay_cache({query.triple: CFGS["overlay"]} if "overlay" in has else {}):
-        found = chain.find(query)
+    with overlay_cache({call.triple: CFGS["overlay"]} if "overlay" in has else {}):
+        found = chain.find(call)
     assert (found.source, found.config) == (first, CFGS[first])
     assert [stage for stage, _ in found.trail] == list(STAGES[: STAGES.index(first) + 1])
     expected = {
@@ -115,7 +130,7 @@ def test_when_nobody_knows_the_error_says_what_each_stage_answered(tmp_path):
     policy = AutotunePolicy(allow_autotune=False, allow_heuristics=False)
     chain = _chain(tmp_path, policy=policy, on_event=lambda name, **_: events.append(name))
     with pytest.raises(RuntimeError, match="the policy allows no heuristics") as caught:
-        chain.find(_query())
+        chain.find(_Call())
     assert all(stage in str(caught.value) for stage in STAGES)
     assert events == ["error"]
 
@@ -124,27 +139,27 @@ def test_only_a_tuned_config_is_kept(tmp_path):
     chain = _chain(tmp_path)
     store = chain.persistent
     assert store is not None
-    chain.find(_query(explicit=CFGS["explicit"]))
+    chain.find(_Call(explicit=CFGS["explicit"]))
     with policy_override(chain, cache_miss_fallback="heuristics"):
-        chain.find(_query())
+        chain.find(_Call())
     assert (chain.cache.size(), store.path.exists()) == (0, False)
-    chain.find(_query())
-    assert chain.cache.get(*_query().triple) == store.get(*_query().triple) == CFGS["autotune"]
-    assert chain.find(_query()).source == "memory"
-    assert _chain(tmp_path).find(_query()).source == "persistent"  # the next process
-    assert chain.find(_query(explicit=CFGS["explicit"])).config == CFGS["explicit"]
+    chain.find(_Call())
+    assert chain.cache.get(*_Call().triple) == store.get(*_Call().triple) == CFGS["autotune"]
+    assert chain.find(_Call()).source == "memory"
+    assert _chain(tmp_path).find(_Call()).source == "persistent"  # the next process
+    assert chain.find(_Call(explicit=CFGS["explicit"])).config == CFGS["explicit"]
 
 
 def test_persisting_can_be_switched_off(tmp_path):
     chain = _chain(tmp_path, persist_autotune=False)
-    assert chain.find(_query()).source == "autotune"
+    assert chain.find(_Call()).source == "autotune"
     assert not (tmp_path / "op.json").exists()
 
 
 def test_a_stored_config_that_cannot_be_used_here_is_passed_over(tmp_path):
     chain = _chain(tmp_path)
-    chain.cache.put(*_query().triple, CFGS["memory"])
-    found = chain.find(_query(fit=lambda cfg: (None, "too wide") if cfg == CFGS["memory"] else (cfg, "")))
+    chain.cache.put(*_Call().triple, CFGS["memory"])
+    found = chain.find(_Call(unfit=CFGS["memory"]))
     assert found.source == "autotune"
     assert ("memory", "its config cannot be used here: too wide") in found.trail
 
@@ -181,15 +196,15 @@ def test_failed_tuning_is_shown_falls_to_the_heuristic_and_is_not_repeated(tmp_p
     tuner = FakeTuner(TuningFailed("  cfg 1: failed: out of luck"))
     chain = _chain(tmp_path, tuner=tuner)
     with pytest.warns(RuntimeWarning, match="out of luck"):
-        assert chain.find(_query()).source == "heuristic"
-    assert chain.find(_query()).source == "heuristic"
+        assert chain.find(_Call()).source == "heuristic"
+    assert chain.find(_Call()).source == "heuristic"
     assert (tuner.asked, chain.cache.size()) == (1, 0)
 
 
 def test_threads_that_miss_at_once_tune_once(tmp_path):
     tuner = FakeTuner(CFGS["autotune"])
     chain = _chain(tmp_path, tuner=tuner)
-    threads = [threading.Thread(target=chain.find, args=(_query(),)) for _ in range(8)]
+    threads = [threading.Thread(target=chain.find, args=(_Call(),)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -218,7 +233,7 @@ def test_the_environment_decides_a_miss_where_the_policy_leaves_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     device = replace(GPU, interpreted=not accelerator)
-    assert _chain(tmp_path).find(_query(device=device)).source == source
+    assert _chain(tmp_path).find(_Call(device=device)).source == source
 
 
 @pytest.mark.parametrize("name", ["RPA_AUTOTUNE_POLICY", "EJKERNEL_AUTOTUNE_POLICY"])

@@ -283,7 +283,7 @@ def _call():
 @pytest.mark.parametrize("what", ["output", "lse", "nobody"])
 def test_the_verifier_sees_a_wrong_row(row, what):
     inputs, signature = _call()
-    program = select.query_of(signature, current(), "xla", None).program(
+    program = select.Attention(signature, current(), "xla").program(
         RaggedPageAttentionv2Config(num_queries_per_block=8, platform="xla")
     )
     output, lse = (np.array(array) for array in program(inputs))
@@ -321,7 +321,7 @@ def test_autotune_never_crowns_a_kernel_that_is_wrong():
         shortcut
     )
     try:
-        choice = chain.find(select.query_of(signature, current(), "auto", None, inputs=inputs))
+        choice = chain.find(select.Attention(signature, current(), inputs=inputs))
         report = chain.tuner.history[-1]
     finally:
         kernel_registry.unregister(shortcut)

@@ -27,7 +27,7 @@ def backend(name: str) -> Contender:
         from rpa import select
 
         _, signature, _, device = chosen(batch)
-        return select.choose(signature, device, _platform(name), None).config
+        return select.choose(select.Attention(signature, device, _platform(name))).config
 
     def prepare(batch: Batch) -> tuple[Callable, list[tuple]]:
         from rpa import api
