@@ -438,6 +438,21 @@ def test_new_record_ships_under_its_device(figures, tmp_path):
     assert "old" not in text
 
 
+def test_other_pages_have_a_table_of_their_own(figures, tmp_path):
+    """One row a batch: page 16 beside every peer, then our kernels at the other page sizes."""
+    small, large = (dataclasses.replace(CELL, page_size=size) for size in (16, 64))
+    limits = dataclasses.replace(CEILINGS, device="NVIDIA H200")
+    lines = [dataclasses.replace(result(t, backend=name), cell=cell.name)
+             for cell, t in ((small, 1e-5), (large, 3e-5)) for name in ("triton", "peer:vllm")]  # fmt: skip
+    new = tmp_path / "new.json"
+    new.write_text(dataclasses.replace(made(*lines), ceilings=limits).to_json())
+    figures.ship(new)
+    text = figures.h200()
+    assert "| cell | Mosaic GPU, page 64 | Triton, page 64 |" in text
+    assert f"| `{small.name.replace('/p16', '')}` | - | 30.0 (1.00) |" in text
+    assert text.count(f"`{large.name}`") == 0
+
+
 @pytest.mark.parametrize(("results", "why"), [((result(None),), "no line of it"), ((result(),), "a record of test")])
 def test_record_without_a_place_does_not_ship(figures, tmp_path, results, why):
     new = tmp_path / "new.json"

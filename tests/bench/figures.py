@@ -63,6 +63,7 @@ def h200() -> str:
     record = json.loads((RECORDS / "h200.json").read_text())
     date, results = record["date"], record["results"]
     times = {(r["cell"], r["backend"]): r["seconds"] for r in results if r["seconds"] is not None}
+    floors = {r["cell"]: r["floor"] for r in results}
     lines = [
         f"{date}, one H200: microseconds on the device, every contender judged and timed in one run; in brackets ours "
         'over the best peer, "-" where one cannot or is not right.',
@@ -70,14 +71,36 @@ def h200() -> str:
         f"| cell | floor | {' | '.join((*_OURS, *_PEERS))} |",
         "|---|" + "---|" * (len(_OURS) + len(_PEERS) + 1),
     ]
-    for cell, floor in {r["cell"]: r["floor"] for r in results}.items():
-        theirs = [_least(times, cell, names) for names in _PEERS.values()]
-        best = min((seconds for seconds in theirs if seconds), default=None)
-        ours = [_least(times, cell, (name,)) for name in _OURS.values()]
-        told = [_us(seconds) + (f" ({seconds / best:.2f})" if seconds and best else "") for seconds in ours]
-        row = " | ".join([*told, *map(_us, theirs)])
-        lines.append(f"| `{cell.removesuffix('/bfloat16')}` | {floor * 1e6:,.1f} | {row} |")
+    small = [cell for cell in floors if "/p16/" in cell]
+    for cell, floor in floors.items():
+        if cell in small or _at(16, cell) not in small:
+            theirs = " | ".join(_us(_least(times, cell, names)) for names in _PEERS.values())
+            lines.append(f"| `{_short(cell)}` | {floor * 1e6:,.1f} | {_ours(times, cell)} | {theirs} |")
+    if pages := [size for size in (32, 64, 128) if any(_at(size, cell) in floors for cell in small)]:
+        heads = " | ".join(f"{name}, page {size}" for size in pages for name in _OURS)
+        lines += ["", f"| cell | {heads} |", "|---|" + "---|" * (len(pages) * len(_OURS))]
+        for cell in small:
+            others = [_at(size, cell) for size in pages]
+            if any(other in floors for other in others):
+                told = " | ".join(_ours(times, other) for other in others)
+                lines.append(f"| `{_short(cell).replace('/p16', '')}` | {told} |")
     return "\n".join(lines) + "\n"
+
+
+def _short(cell: str) -> str:
+    return cell.removesuffix("/bfloat16")
+
+
+def _at(size: int, cell: str) -> str:
+    """The same cell at another page size."""
+    return re.sub(r"/p\d+/", f"/p{size}/", cell)
+
+
+def _ours(times: dict[tuple[str, str], float], cell: str) -> str:
+    """Our kernels' cells of one row: the time, and its ratio to the best peer."""
+    best = min((t for names in _PEERS.values() if (t := _least(times, cell, names)) is not None), default=None)
+    ours = [_least(times, cell, (name,)) for name in _OURS.values()]
+    return " | ".join(_us(t) + (f" ({t / best:.2f})" if t and best else "") for t in ours)
 
 
 _OURS = {"Mosaic GPU": "pallas_gpu", "Triton": "triton"}
