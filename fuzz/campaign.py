@@ -25,7 +25,7 @@ from fuzz.plan import Plan
 from fuzz.tally import Tally, read_record
 from fuzz.worker import Chunk, serve
 
-FIRST_CHUNK, CHUNK = 150, 600
+FIRST_CHUNK, CHUNK = 150, 300
 GRACE = 60.0  # seconds past the budget for a failure that is being shrunk
 STARTS = 3  # a worker that dies this often before its first case is no worker
 EXIT = {"pass": 0, "fail": 1, "nothing": 3, "infrastructure": 4, "interrupted": 4}

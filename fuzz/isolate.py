@@ -78,11 +78,11 @@ def describe_exit(code: int | None) -> str:
 def _start(serve: Callable[..., None], pipe: Connection, arguments: tuple[Any, ...], log: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", buffering=1) as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        faulthandler.enable(stream)
-        sys.stdout = sys.stderr = stream
-        # A parent that was killed shows as a broken pipe; then there is nobody to report to.
-        with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
-            serve(pipe, *arguments)
+    stream = open(log, "a", buffering=1)  # noqa: SIM115 - multiprocessing prints what `serve` raises after this returns
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    faulthandler.enable(stream)
+    sys.stdout = sys.stderr = stream
+    # A parent that was killed shows as a broken pipe; then there is nobody to report to.
+    with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
+        serve(pipe, *arguments)

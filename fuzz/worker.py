@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import random
 import sys
 import time
 from collections import Counter
@@ -24,14 +25,15 @@ from fuzz.corpus import read_lines
 from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.shrink import same_symptom, shrink
-from fuzz.strategies import LITTER, litters
+from fuzz.strategies import LITTER, STYLES, litters, styled
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
-# With the relations that compile, and what is compiled ahead, 40 compilations in the first 10,000 cases and in each
-# 10,000 after them; and the first case need not wait for many.
-FIRST_SHAPES, CASES_A_SHAPE = 3, 320
-SETTLED, CASES_A_LATER_SHAPE = 10_000, 280
+# Each 10,000 cases open so many shapes: with the relations that compile, and what is compiled ahead, 40 compilations in
+# any 10,000 that follow each other. They open early in them, since all pairs of features are seen when some 56 shapes
+# are; but three by three, so that the first case need not wait for many.
+PERIOD, SHAPES_A_PERIOD, FIRST_SHAPES, CASES_A_SHAPE = 10_000, 34, 3, 30
+FRESH = 4  # cases of a shape that come first when it is opened
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
 # Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do
 # so in the case that asked for it.
@@ -63,6 +65,7 @@ class State:
     reduce: bool
     reduced: list[Judgement] = field(default_factory=list)
     judged: set[Plan] = field(default_factory=set)  # in any session: no case is judged twice
+    tried: set[Shape] = field(default_factory=set)  # in any session
     compiled: int = 0
     listening: bool = False
     gaps: dict[Shape, str | None] = field(default_factory=dict)  # why the target does not take a shape
@@ -91,6 +94,7 @@ def serve(pipe: Connection, name: str, seed: int, share: tuple[int, int], out: s
     state = State(pipe, load(name), seed, share, Path(out), reduce)
     lines = read_lines(Path(out) / "record.jsonl")
     state.judged = {Plan.from_json(line["plan"]) for line in lines if line["line"] == "case"}
+    state.tried = {plan.shape for plan in state.judged}
     if not state.target.returns_lse:
         pipe.send(("barred", [(("lse", True),)]))  # outputs alone are judged
     pipe.send(("ready", [j.text for j in judge_rejections(build(SMALLEST), state.target)]))
@@ -135,8 +139,8 @@ def wanted_shapes(judged: int, cheap: bool = False) -> int:
     """How many shapes are open after so many cases."""
     if cheap:
         return CHEAP_SHAPES + judged // CASES_A_CHEAP_SHAPE
-    early, late = min(judged, SETTLED), max(0, judged - SETTLED)
-    return FIRST_SHAPES + early // CASES_A_SHAPE + late // CASES_A_LATER_SHAPE
+    periods, since = divmod(judged, PERIOD)
+    return SHAPES_A_PERIOD * periods + min(SHAPES_A_PERIOD, FIRST_SHAPES + since // CASES_A_SHAPE)
 
 
 def why_not(shape: Shape, target: Target) -> str | None:
@@ -151,15 +155,18 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
         for plan in chunk.plans:
             _one(pipe, state, plan)
         return
-    left = chunk.cases
     pool = open_shapes(state, chunk.judged_before)
     if not pool:
         pipe.send(("barren",))
         return
+    fresh = _fresh(state, pool, chunk)[: chunk.cases]
+    for plan in fresh:
+        _one(pipe, state, plan)
+    left = chunk.cases - len(fresh)
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
-        max_examples=max(50, 2 * chunk.cases // LITTER),  # plans that were judged before do not count
+        max_examples=max(12, 3 * chunk.cases // (2 * LITTER)),  # from the half of them on, the worst ratios are raised
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
@@ -179,6 +186,14 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
             maximise(worst, label="error / bound")
 
     judged()
+
+
+def _fresh(state: State, pool: tuple[Shape, ...], chunk: Chunk) -> list[Plan]:
+    """Plans of the shapes that were never tried, which alone can hold a pair of static features that is new."""
+    chance = random.Random(chunk_seed(state.seed, chunk.number))
+    new = [shape for shape in pool if shape not in state.tried]
+    state.tried.update(new)
+    return [styled(shape, chance.randrange(STYLES), chance.randrange(2**20)) for shape in new for _ in range(FRESH)]
 
 
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
@@ -239,10 +254,12 @@ def _prepare_jax(out: Path, name: str) -> None:
     """What JAX reads when it is imported: workers and a resumed campaign share compiled programs.
 
     Our XLA backend gets one thread a worker, as BLAS does: handing a small program to a pool costs as much as running
-    it. (Not the interpreters, nor what we do not know: their callbacks may need a second thread.)
+    it. (Not the interpreters, nor what we do not know: their callbacks may need a second thread.) And its programs are
+    compiled in one piece, which costs a tenth less than many and gives the same code.
     """
     wanted = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
     if name == "xla":
         wanted |= {"NPROC": "1", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+        wanted |= {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
     for variable, value in wanted.items():
         os.environ.setdefault(variable, value)

@@ -18,6 +18,7 @@ from fuzz import corpus, ledger
 from fuzz.campaign import Campaign, Settings
 from fuzz.commands.search import app
 from fuzz.coverage import valid_pairs
+from fuzz.isolate import Child
 from fuzz.mutants import score
 from fuzz.plan import Plan
 from fuzz.stream import first_shapes
@@ -361,3 +362,10 @@ def test_two_machines_share_a_campaign_through_redis(tmp_path: Path, redis_url: 
     run(tmp_path / "two", share=redis_url, seed=9)
     judged = {line["plan"] for line in corpus.read_lines(tmp_path / "two/record.jsonl") if line["line"] == "case"}
     assert judged >= {plan.to_json() for plan in shared}
+
+
+def test_what_a_child_raises_outside_a_case_is_in_its_log(tmp_path: Path) -> None:
+    child = Child(int, ("no base",), tmp_path / "log")  # int(pipe, "no base") raises
+    assert child.receive() is None
+    assert child.end(gently=30.0) == "exit code 1"
+    assert "TypeError" in child.last_words(1)

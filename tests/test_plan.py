@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import subprocess
@@ -142,19 +143,20 @@ def test_a_kernel_that_takes_nothing_ends_the_stream() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_forty_compilations_go_into_ten_thousand_cases(seed: int) -> None:
+def test_forty_compilations_go_into_any_ten_thousand_cases(seed: int) -> None:
     """A shape is a compilation, and one of `RECOMPILED_ROWS` rows may be three; illegal arguments compile nothing."""
-    for last in (10_000, 20_000, 60_000):
-        opened = first_shapes(seed, wanted_shapes(last))[wanted_shapes(last - 10_000) if last > 10_000 else 0 :]
-        again = sum(2 for shape in opened if shape.tokens == RECOMPILED_ROWS)
-        again += AHEAD if last == 10_000 else 0
-        assert again or last > 10_000  # from the start, those relations are asked for
-        assert len(opened) + again <= 40, (last, len(opened), again)
+    shapes = first_shapes(seed, wanted_shapes(40_000))
+    compiled = [0, *itertools.accumulate(3 if shape.tokens == RECOMPILED_ROWS else 1 for shape in shapes)]
+    assert compiled[wanted_shapes(9_999)] > wanted_shapes(9_999)  # from the start, those relations are asked for
+    assert compiled[wanted_shapes(9_999)] + AHEAD <= 40
+    for first in range(0, 30_000, 100):
+        last = first + 10_000
+        assert compiled[wanted_shapes(last)] - compiled[wanted_shapes(first)] <= 40, (first, last)
 
 
-@pytest.mark.parametrize(("cases", "size", "share"), [(17_400, "pairs", 1.0), (48_000, "triples", 0.95)])
-def test_pairs_are_complete_after_two_minutes_of_cases_and_triples_nearly_after_four(cases, size, share) -> None:
-    """At 150 to 200 cases a second. Sixty plans of each shape open then stand for all: a campaign draws more."""
+@pytest.mark.parametrize(("cases", "size", "share"), [(10_800, "pairs", 1.0), (48_000, "triples", 0.95)])
+def test_pairs_are_complete_within_two_minutes_of_cases_and_triples_nearly_within_six(cases, size, share) -> None:
+    """At 130 cases a second. Sixty plans of each shape open then stand for all: a campaign draws more."""
     chance, cover = random.Random(0), Coverage()
     for shape in first_shapes(0, wanted_shapes(cases)):
         for _ in range(60):
