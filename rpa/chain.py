@@ -95,6 +95,7 @@ class Found:
     source: str  # "explicit", "overlay", "memory", "persistent", "shipped", "autotune" or "heuristic"
     reason: str
     trail: tuple[tuple[str, str], ...]
+    key: Triple  # for overlays and stores
 
 
 _EVENTS = {"explicit": "override", "overlay": "overlay_hit", "autotune": "autotune_finish", "heuristic": "heuristics"}
@@ -159,7 +160,7 @@ class ConfigSelectorChain:
             if config is not None:
                 level = {} if stage in _EVENTS else {"level": stage}
                 self._announce(_EVENTS.get(stage, "cache_hit"), triple, cfg=config, **level)
-                return Found(config, stage, reason, tuple(trail))
+                return Found(config, stage, reason, tuple(trail), triple)
         self._announce("error", triple, cfg=None, reason="no_config")
         answers = "".join(f"\n  {stage}: {reason}" for stage, reason in trail)
         raise RuntimeError(f"no config for {call.op} {call.stem}:{answers}")

@@ -34,23 +34,23 @@ def explain(*args: Any, **kwargs: Any) -> Explanation:
     """
     given = inspect.signature(api.ragged_page_attention_v2).bind(*args, **kwargs).arguments
     call = api.call_of({name: _stand_in(value) for name, value in given.items()})
-    choice = select.choose(call, dry=True)
-    refusals = {spec.name: reason for spec, reason in registry.survey("auto", call.signature, call.device)}
-    fields = {field: value for field, value in choice.config.to_dict().items() if value not in (None, {})}
-    text = Explanation(
-        f"backend  {choice.implementation.name} on {call.device.platform} ({call.device.kind})\n"
-        f"config   {', '.join(f'{field}={value}' for field, value in fields.items())}\n"
-        f"source   {choice.source}\nreason   {choice.reason}\nkey      {choice.key[2]}\n"
-        + _listed("stages", dict(choice.trail))
-        + _listed("backends", {name: reason or "can take this call" for name, reason in refusals.items()}).rstrip()
-    )
-    text.backend, text.config, text.source = choice.implementation.name, choice.config, choice.source
-    text.reason, text.key, text.trail, text.refusals = choice.reason, choice.key, choice.trail, refusals
+    choice, device = select.choose(call, dry=True), call.device
+    refusals = {spec.name: reason for spec, reason in registry.survey("auto", call.signature, device)}
+    backend, fields = choice.implementation.name, choice.config.to_dict().items()
+    lines = [
+        f"backend  {backend} on {device.platform} ({device.kind})",
+        f"config   {', '.join(f'{field}={value}' for field, value in fields if value not in (None, {}))}",
+        f"source   {choice.source}",
+        f"reason   {choice.reason}",
+        f"key      {choice.key[2]}",
+        "stages",
+        *(f"  {stage:<11}{answer}" for stage, answer in choice.trail),
+        "backends",
+        *(f"  {name:<11}{reason or 'can take this call'}" for name, reason in refusals.items()),
+    ]
+    text = Explanation("\n".join(lines))
+    vars(text).update(vars(choice), backend=backend, refusals=refusals)
     return text
-
-
-def _listed(title: str, answers: dict[str, str]) -> str:
-    return "".join([f"{title}\n", *(f"  {name:<11}{answer}\n" for name, answer in answers.items())])
 
 
 def _stand_in(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rpa import cache, registry, settings, tune
-from rpa.cache import PersistentCache, Triple
+from rpa.cache import PersistentCache
 from rpa.chain import Answer, Call, ConfigSelectorChain, Found
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
@@ -154,7 +154,6 @@ class Choice(Found):
     """What was found for a call of our operation, and the backend it is for."""
 
     implementation: Implementation
-    key: Triple
 
     @property
     def of_this_batch(self) -> bool:
@@ -175,7 +174,7 @@ def choose(call: Attention, *, dry: bool = False) -> Choice:
     # A heuristic is the preferred kernel's own; any other config may name one.
     spec, why = call.kernel_for(cfg if found.source == "heuristic" else found.config)
     reason = f"{found.reason}; {spec.name}: {why}"
-    return Choice(found.config, found.source, reason, found.trail, registry.implementation_of(spec), call.triple)
+    return Choice(**{**vars(found), "reason": reason}, implementation=registry.implementation_of(spec))
 
 
 # ------------------------------------------------------------------ the readable keys

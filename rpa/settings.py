@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,27 +24,19 @@ def autotune_policy() -> str | None:
     Raises:
         ValueError: a variable holds anything else; the text names it.
     """
-    for name in _POLICY:
-        value = os.environ.get(name)
-        if value is None:
-            continue
-        if value not in POLICIES:
-            raise ValueError(f"{name}={value!r}: one of {', '.join(POLICIES)} is expected")
-        return value
-    return None
+    name, value = next(((name, os.environ[name]) for name in _POLICY if name in os.environ), ("", None))
+    if value not in (None, *POLICIES):
+        raise ValueError(f"{name}={value!r}: one of {', '.join(POLICIES)} is expected")
+    return value
 
 
 def cache_dir() -> Path:
     """The folder of the persistent store: `RPA_CACHE_DIR`, else the platform's user cache folder."""
-    get = os.environ.get
-    if chosen := get("RPA_CACHE_DIR"):
+    if chosen := os.environ.get("RPA_CACHE_DIR"):
         return Path(os.path.expanduser(chosen))
-    home = Path(os.path.expanduser("~"))
-    if not home.is_absolute():  # a user without a home
-        home = Path(tempfile.gettempdir()) / f"rpa-{getattr(os, 'getuid', int)()}"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "rpa"
-    if sys.platform == "win32":
-        return Path(get("LOCALAPPDATA") or home / "AppData" / "Local") / "rpa" / "Cache"
-    named = get("XDG_CACHE_HOME", "")  # its specification has relative paths ignored
-    return (Path(named) if os.path.isabs(named) else home / ".cache") / "rpa"
+    from platformdirs import user_cache_path  # 60 ms, so not at import
+
+    with contextlib.suppress(RuntimeError):  # without a home it raises, or says "~"
+        if (folder := user_cache_path("rpa", appauthor=False)).is_absolute():
+            return folder
+    return Path(tempfile.gettempdir()) / f"rpa-{getattr(os, 'getuid', int)()}"
