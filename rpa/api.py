@@ -14,6 +14,7 @@ from rpa import select, shard
 from rpa import validate as rules
 from rpa.arguments import Options, prepare
 from rpa.config import RaggedPageAttentionv2Config
+from rpa.mesh import explicit
 from rpa.program import compiled, nothing_to_do
 from rpa.signature import Inputs, Signature
 
@@ -109,6 +110,8 @@ def _program(inputs: Inputs, signature: Signature, platform: str, cfg: Any, over
     """Select: what computes a validated call, `Inputs -> (output, lse)`, and whether it will do for its likes."""
     if over is not None:
         return shard.program(inputs, signature, platform, cfg, *over), True
+    if found := explicit(inputs):  # another call's arrays, of the same types, may lie on other devices
+        return shard.program(inputs, signature, platform, cfg, *found, None, False), False
     if signature.num_tokens == 0 or signature.max_seqs == 0:
         return lambda inputs: nothing_to_do(signature), True
     device = devices.current(inputs.queries)
@@ -122,8 +125,10 @@ def call_of(given: Mapping[str, Any]) -> select.Attention:
     inputs, signature = prepare(tuple(map(given.get, Inputs._fields)), options, given.get("validate", False))
     cfg, platform = check_config(given.get("cfg")), rules.platform_of(given.get("platform"))
     device, sharding = devices.current(inputs.queries), "none"
-    if any(given.get(name) is not None for name in ("mesh", "in_specs", "out_specs")):
-        signature, device, layout = shard.share_of(inputs, signature, given.get("mesh"), given.get("in_specs"))
+    over = tuple(map(given.get, ("mesh", "in_specs", "out_specs")))
+    over = explicit(inputs) if over == (None,) * 3 else over
+    if over is not None:
+        signature, device, layout = shard.share_of(inputs, signature, *over[:2])
         sharding = layout.label
     return select.Attention(signature, device, platform, cfg, concrete(inputs), sharding)
 

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from rpa.signature import Signature
+from rpa.signature import Inputs, Signature
+from rpa.validate import is_traced
 
 Axes = tuple[str, ...]  # the mesh axes that split one dimension, outermost first
 
@@ -69,15 +71,23 @@ def layout_of(mesh: Any, in_specs: Any = None) -> Layout:
     return Layout(mesh, **roles)
 
 
+def explicit(inputs: Inputs) -> tuple[Any, tuple[Any, ...]] | None:
+    """The mesh and the specs of arrays whose types say how they lie (JAX's explicit axes); None where none is split."""
+    arrays = {name: array for name, array in zip(_ARGUMENTS, inputs, strict=False) if isinstance(array, jax.Array)}
+    lies = {name: jax.typeof(array).sharding for name, array in arrays.items()}
+    split = next((name for name, sharding in lies.items() if any(sharding.spec)), None)
+    if split is None:
+        return None
+    of: Any = lies[split] if is_traced(arrays[split]) else arrays[split].sharding
+    return of.mesh, tuple(lies[name].spec if name in lies else None for name in _ARGUMENTS)
+
+
 def _from_specs(mesh: Any, in_specs: Any) -> Layout:
     if not isinstance(in_specs, (tuple, list)) or len(in_specs) not in (6, 7):
         raise ValueError(f"in_specs={in_specs!r}: seven PartitionSpecs are expected, or six without sinks")
     specs = dict(zip(_ARGUMENTS, in_specs, strict=False))
     ranks = (3, 4, 1, 2, 1, 1, 1)
-    split = {
-        name: dims_of(f"in_specs: {name}", spec, rank, mesh)
-        for (name, spec), rank in zip(specs.items(), ranks, strict=False)
-    }
+    split = {name: dims_of(name, spec, rank, mesh) for (name, spec), rank in zip(specs.items(), ranks, strict=False)}
     heads, pages, sequences = split["queries"][1], split["kv_pages"][0], split["context_lens"][0]
     allowed = {
         "queries": ((), heads, ()),
@@ -95,7 +105,7 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
     used = (*heads, *sequences, *pages)
     twice = next((axis for axis in used if used.count(axis) > 1), None)
     if twice is not None:
-        raise ValueError(f"in_specs: mesh axis {twice!r} splits two dimensions, and an axis can split one")
+        raise ValueError(f"mesh axis {twice!r} splits two dimensions, and an axis can split one")
     return Layout(mesh, heads, sequences, pages)
 
 
@@ -104,7 +114,7 @@ def _no_split(name: str, dim: int, axes: Axes) -> str:
         "an axis may split the heads of queries (kv_pages and softmax_aux alike), the sequences of context_lens "
         "(block_tables alike) or the pages of kv_pages"
     )
-    return f"in_specs: {name} is split in dimension {dim} by mesh axis {_shown(axes)}, and {can}"
+    return f"{name} is split in dimension {dim} by mesh axis {_shown(axes)}, and {can}"
 
 
 def dims_of(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:

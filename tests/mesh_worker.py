@@ -21,7 +21,7 @@ if sys.argv[1] != "0":
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
@@ -102,7 +102,10 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     specs = specs and tuple(PartitionSpec(*spec) for spec in specs)
     try:
         out = PartitionSpec(*scenario["out"]) if "out" in scenario else None
-        got = answer(scenario, arrays, options, mesh=mesh, in_specs=specs, out_specs=out)
+        if scenario.get("lying"):  # the arrays' own types say how they lie, and no mesh is given
+            got = answer(scenario, tuple(map(lambda a, s: lay(a, mesh, s), arrays, specs)), options)
+        else:
+            got = answer(scenario, arrays, options, mesh=mesh, in_specs=specs, out_specs=out)
     except (ValueError, TypeError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     got = tuple(whole(array) for array in got)
@@ -115,6 +118,10 @@ def run(scenario: dict[str, Any]) -> dict[str, Any]:
     case = Case(*arrays, **{**options, "compute_dtype": jnp.dtype(options["compute_dtype"]).name})
     verdict = judge(case, got[0], claim_for(arrays, options, mesh, specs), got[1])
     return {"bits": bits, "nans": nans, "text": f"{verdict.status} {verdict.text}", "ratio": verdict.ratio}
+
+
+def lay(array: Any, mesh: Mesh, spec: Any) -> Any:
+    return jax.device_put(array, NamedSharding(mesh, spec)) if isinstance(array, np.ndarray) else array
 
 
 def whole(array: jax.Array) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 import small_call
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rpa import explain, ragged_page_attention_v2, registry
 from rpa.mesh import Layout, layout_of, local_signature
@@ -27,6 +27,10 @@ P = PartitionSpec
 SCENARIOS: dict[str, dict[str, Any]] = {
     "fewer kv heads than shards": {"mesh": {"tp": 8}, "hkv": 2, "int8": True},
     "all three": {"mesh": {"dp": 2, "tp": 2, "cp": 2}, "options": {"logits_soft_cap": 5.0, "sliding_window": 6}},
+    "arrays that lie split": {
+        "mesh": {"a": 2, "b": 4}, "explicit": True, "lying": True, "int8": True,
+        "specs": [[None, "b"], ["a", None, "b"], [], [], [], [], ["b"]],
+    },
     "inside jit, spoiled, sequences": {
         "mesh": {"data": 4}, "jit": True, "explicit": True,
         "spoil": [["context_lens", 1, 10**6], ["block_tables", [4, 0], -7], ["context_lens", 3, -1]],
@@ -42,6 +46,16 @@ SLOW: dict[str, dict[str, Any]] = {
     "pages in bf16": {"mesh": {"cp": 8}, "dtype": "bfloat16", "sinks": False},
     "inside jit, spoiled offsets, all three": {
         "mesh": {"dp": 2, "tp": 2, "cp": 2}, "jit": True, "spoil": [["query_start_loc", 2, 40]],
+    },
+    **{
+        f"arrays that lie split, inside jit, {name}": {
+            "mesh": {"a": 2, "b": 4}, "explicit": True, "lying": True, "jit": True, "queries": [1, 5, 0, 7, 1, 3, 2],
+            "contexts": [30, 9, 4, 7, 32, 12, 2], "specs": specs,
+        }
+        for name, specs in {
+            "heads by both": [[None, ["a", "b"]], [], [], [], [], [], []],
+            "sequences and pages": [[], ["b"], ["a"], ["a"], [], [], []],
+        }.items()
     },
     "axes that say how arrays lie": {"mesh": {"dp": 2, "tp": 4}, "explicit": True, "out": [None, "tp", None]},
     "one by eight": {"mesh": {"data": 1, "model": 8}, "hq": 16, "hkv": 8},
@@ -324,6 +338,30 @@ def test_axes_of_either_type_and_of_both_lay_the_arrays_out(types):
     plain = ragged_page_attention_v2(**call)
     assert np.array_equal(ragged_page_attention_v2(**call, **over), plain)
     assert np.array_equal(jax.jit(lambda kw: ragged_page_attention_v2(**kw, **over))(call), plain)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_arrays_that_lie_split_need_no_mesh(jit):
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("dp", "tp"), axis_types=(AxisType.Explicit,) * 2)
+    call = small_call.arguments()
+    plain = ragged_page_attention_v2(**call)
+
+    def over(**specs):
+        laid = {name: jax.device_put(array, NamedSharding(mesh, specs.get(name, P()))) for name, array in call.items()}
+        run = jax.jit(lambda kw: ragged_page_attention_v2(**kw)) if jit else lambda kw: ragged_page_attention_v2(**kw)
+        return run(laid)
+
+    heads = over(queries=P(None, "tp"), kv_pages=P(None, None, "tp"))
+    assert np.array_equal(heads, plain)
+    assert jax.typeof(heads).sharding.spec == P(None, "tp", None)
+    assert np.array_equal(over(context_lens=P("dp"), block_tables=P("dp")), plain)
+    for name, spec, text in (
+        ("queries", P("dp"), "queries is split in dimension 0 by mesh axis 'dp', and an axis may split the heads of"),
+        ("kv_pages", P(None, None, None, "tp"), "kv_pages is split in dimension 3 by mesh axis 'tp', and an axis may"),
+        ("block_tables", P(None, "dp"), "block_tables is split in dimension 1 by mesh axis 'dp', and an axis may"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            over(**{name: spec})
 
 
 def test_explain_speaks_of_one_devices_share():
