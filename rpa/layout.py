@@ -77,13 +77,12 @@ def _live_entries(start, stop, context, signature: Signature):
     return seen & (stop > start)[:, None]
 
 
-def finish(output, lse, inputs: Inputs, signature: Signature, ragged: Ragged):
+def finish(output, lse, signature: Signature, ragged: Ragged):
     """Give the rows that no sequence owns their 0 and -inf, and the rows of invalid sequences their NaN.
 
     Args:
         output: [T, Hq, D]; lse: float32 [T, Hq] or None.
     """
-    del inputs
     owned = _covered(ragged.start, ragged.stop, signature.num_tokens)
     bad = _covered(ragged.start, ragged.bad_stop, signature.num_tokens)
     fill = jnp.where(bad, jnp.nan, 0.0)

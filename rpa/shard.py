@@ -10,8 +10,8 @@ merge of flash decoding, across devices). A window that starts inside a page mak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -55,9 +55,10 @@ def program(
 
 def _out_specs(out_specs: Any, signature: Signature, mesh: Any) -> tuple[Any, ...]:
     """The caller's wish for output and LSE, each a PartitionSpec or None."""
-    pair = isinstance(out_specs, (tuple, list)) and not isinstance(out_specs, PartitionSpec)
-    if not pair:
-        out_specs = out_specs, PartitionSpec(*out_specs[:2]) if isinstance(out_specs, PartitionSpec) else out_specs
+    if isinstance(out_specs, PartitionSpec):
+        out_specs = out_specs, PartitionSpec(*out_specs[:2])
+    elif not isinstance(out_specs, (tuple, list)):
+        out_specs = out_specs, out_specs
     if len(out_specs) != 2:
         raise ValueError(f"out_specs={out_specs!r}: a PartitionSpec, a pair of them or None is expected")
     shape = (signature.num_tokens, signature.num_q_heads, signature.head_dim)
@@ -94,11 +95,7 @@ def _program(
 
     def body(inputs: Inputs) -> Any:
         inputs = _own_heads(inputs, signature, local, plan)
-        if plan.shards("sequences") == 1:
-            return attend(inputs)
-        owned = _own_sequences(inputs, share, plan.sequences, plan.shards("sequences"))
-        output, lse = attend(owned.inputs)
-        return _together(output, lse, owned, plan.sequences)
+        return attend(inputs) if plan.shards("sequences") == 1 else _own_sequences(inputs, share, plan, attend)
 
     heads = plan.heads or None
     natural = PartitionSpec(None, heads, None), PartitionSpec(None, heads) if signature.return_lse else None
@@ -177,17 +174,9 @@ def _own_heads(inputs: Inputs, signature: Signature, local: Signature, plan: Lay
 # ------------------------------------------------------------------ sequences
 
 
-@dataclass(frozen=True)
-class Owned:
-    """One device's sequences: inputs in which the others have no rows, and the rows that are this device's."""
-
-    inputs: Inputs
-    rows: jax.Array  # bool [T], this device's
-    anyone: jax.Array  # bool [T], some device's
-
-
-def _own_sequences(inputs: Inputs, signature: Signature, axes: Axes, shards: int) -> Owned:
-    """Keep a contiguous range of sequences whose cost is about one device's share."""
+def _own_sequences(inputs: Inputs, signature: Signature, plan: Layout, attend: Callable[[Inputs], Any]) -> Any:
+    """Attend to a contiguous range of sequences whose cost is about one device's share, and put all rows together."""
+    axes, shards, row = plan.sequences, plan.shards("sequences"), jnp.arange(signature.num_tokens)
     ragged = layout.sanitize(inputs, signature)
     offsets = clean_offsets(inputs, signature)
     queries = offsets[1:] - offsets[:-1]
@@ -196,15 +185,20 @@ def _own_sequences(inputs: Inputs, signature: Signature, axes: Axes, shards: int
     before = jnp.cumsum(cost) - cost / 2
     owner = (before * (shards / jnp.maximum(jnp.sum(cost), 1))).astype(jnp.int32)
     mine = (jnp.clip(owner, 0, shards - 1) == lax.axis_index(axes)) & (queries > 0)
-    low = jnp.min(jnp.where(mine, offsets[:-1], signature.num_tokens))
     high = jnp.max(jnp.where(mine, offsets[1:], 0))
-    low = jnp.minimum(low, high)
-    row = jnp.arange(signature.num_tokens)
-    kept = inputs._replace(
-        context_lens=jnp.where(ragged.valid, inputs.context_lens, -1),  # NaN rows stay NaN rows
-        query_start_loc=jnp.clip(offsets, low, high),
+    low = jnp.minimum(jnp.min(jnp.where(mine, offsets[:-1], signature.num_tokens)), high)
+    output, lse = attend(
+        inputs._replace(
+            context_lens=jnp.where(ragged.valid, inputs.context_lens, -1),  # NaN rows stay NaN rows
+            query_start_loc=jnp.clip(offsets, low, high),  # the others have no rows
+        )
     )
-    return Owned(kept, (row >= low) & (row < high), (row >= offsets[0]) & (row < offsets[-1]))
+    own = (row >= low) & (row < high)
+    output = lax.psum(jnp.where(own[:, None, None], output, 0), axes)  # adding zeros changes no value
+    if lse is None:
+        return output, None
+    lse = lax.psum(jnp.where(own[:, None], lse, 0), axes)
+    return output, jnp.where(((row >= offsets[0]) & (row < offsets[-1]))[:, None], lse, -jnp.inf)
 
 
 def clean_offsets(inputs: Inputs, signature: Signature) -> jax.Array:
@@ -212,15 +206,6 @@ def clean_offsets(inputs: Inputs, signature: Signature) -> jax.Array:
     live = jnp.arange(signature.max_seqs + 1) <= jnp.clip(inputs.num_seqs[0], 0, signature.max_seqs)
     offsets = jnp.where(live, inputs.query_start_loc, 0)
     return jnp.clip(lax.cummax(offsets), 0, signature.num_tokens)
-
-
-def _together(output: Any, lse: Any, owned: Owned, axes: Axes) -> tuple[Any, Any]:
-    """Every row from the device that owns it; adding zeros changes no value."""
-    output = lax.psum(jnp.where(owned.rows[:, None, None], output, 0), axes)
-    if lse is None:
-        return output, None
-    lse = lax.psum(jnp.where(owned.rows[:, None], lse, 0), axes)
-    return output, jnp.where(owned.anyone[:, None], lse, -jnp.inf)
 
 
 # ------------------------------------------------------------------ pages
@@ -241,7 +226,7 @@ def _merged_pages(inputs: Inputs, share: Signature, local: Signature, axes: Axes
     total = sums[..., -1] + jnp.exp(sinks - top)
     output = sums[..., :-1] / jnp.where(total > 0, total, 1)[..., None]
     lse = (top + jnp.log(total)) if share.return_lse else None
-    return layout.finish(output.astype(share.q_dtype), lse, inputs, share, ragged)
+    return layout.finish(output.astype(share.q_dtype), lse, share, ragged)
 
 
 def _rows_over_local_pages(

@@ -156,16 +156,13 @@ class Tuner:
         """Rounds in which every candidate has its turn; who is far behind, ever less far, is given up."""
         rounds, calls = _split(self.iters)
         turns: Sequence[tuple[Any, ...]] = self.turns or [args]
-        quickest = max(min(trial.warm for trial in alive), _SHORT)
-        alive = [alive[0], *(trial for trial in alive[1:] if trial.warm <= 2 * quickest)]
         for done in range(rounds):
             if done >= _LEAST and self.clock() - started > self.budget:
                 return
             batches = [turns[(done * calls + i) % len(turns)] for i in range(calls)]
             for trial in alive:
                 trial.seconds.append(self._sample(trial.program, batches, kwargs))
-            fastest = min(trial.median for trial in alive)
-            behind = fastest * (1 + 1 / (done + 1))
+            behind = min(trial.median for trial in alive) * (1 + 1 / (done + 1))
             alive = [alive[0], *(trial for trial in alive[1:] if trial.median < behind)]
 
     def _warm(self, trial: Trial, args: tuple[Any, ...], kwargs: dict[str, Any], limit: float) -> Any:
@@ -190,27 +187,23 @@ class Tuner:
 
 
 def _decided(trials: list[Trial], margin: float) -> Report:
-    """The fastest, where it beats the first by more than margin and noise."""
+    """The fastest, where it beats the first by more than margin and noise: round by round, free of drift."""
     timed = [trial for trial in trials if trial.status == "timed" and trial.seconds]
     first, best = timed[0], min(timed, key=lambda trial: trial.median)
-    gain, noise = _gain(first, best)
-    winner = best if gain > margin + noise else first
+    pairs = zip(first.seconds, best.seconds, strict=False)
+    ratios = [a / b for a, b in pairs if a > 0 and b > 0] or [1.0]  # a clock may stand still or be set back
+    quartiles = len(ratios) >= _LEAST
+    low, middle, high = (
+        statistics.quantiles(ratios, n=4) if quartiles else (min(ratios), statistics.median(ratios), max(ratios))
+    )
+    gain, needed = middle - 1, margin + high - low
+    winner = best if gain > needed else first
     text = f"{winner.median * 1e6:.1f} us, best of {len(timed)} timed"
     if winner is not first:
         text += f", {gain:.1%} faster than the heuristic"
     elif best is not first:
-        text += f"; the fastest gained {gain:.1%}, and {margin + noise:.1%} are needed past the noise"
+        text += f"; the fastest gained {gain:.1%}, and {needed:.1%} are needed past the noise"
     return Report(winner.config, f"tuned: {text}", tuple(trials))
-
-
-def _gain(first: Trial, best: Trial) -> tuple[float, float]:
-    """How much slower the first is, relative, and the noise of that: compared round by round, free of drift."""
-    pairs = zip(first.seconds, best.seconds, strict=False)
-    ratios = [a / b for a, b in pairs if a > 0 and b > 0] or [1.0]  # a clock may stand still or be set back
-    if len(ratios) < _LEAST:
-        return statistics.median(ratios) - 1, max(ratios) - min(ratios)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle - 1, high - low
 
 
 def why_not(tuner: Any) -> str | None:

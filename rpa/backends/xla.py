@@ -82,7 +82,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     output = _varying(jnp.zeros((*shape, signature.head_dim), signature.q_dtype), never)
     lse = _varying(jnp.full(shape, -jnp.inf), never) if signature.return_lse else None
     # Done first and not last: sweeps write live rows only, and so no pass over the whole output follows them.
-    carry = layout.finish(output, lse, inputs, signature, ragged)
+    carry = layout.finish(output, lse, signature, ragged)
     taken = jnp.zeros(signature.max_seqs, jnp.int32)
     for tile in tiles(signature, config):
         taken, carry = _sweep(tile, inputs, signature, ragged, taken, carry)

@@ -29,7 +29,7 @@ def attend(inputs: Inputs, signature: Signature, plan: Plan, vmem_limit_bytes: i
     output, lse = _call(inputs, signature, plan, work, ragged.tables, vmem_limit_bytes)
     if lse is not None:
         lse = tiles.row_lse(lse, work, signature, plan)
-    return layout.finish(output.astype(signature.q_dtype), lse, inputs, signature, ragged)
+    return layout.finish(output.astype(signature.q_dtype), lse, signature, ragged)
 
 
 def _call(inputs: Inputs, signature: Signature, plan: Plan, work: tiles.Tiles, tables, limit: int | None):
