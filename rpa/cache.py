@@ -87,7 +87,7 @@ class PersistentCache:
     Args:
         opname: names the file, `<opname>.json`.
         path: the file, or an existing folder to hold it; None takes `RPA_CACHE_DIR`, else the user's cache folder.
-        loader, dumper: a config from plain data and back.
+        loader, dumper: a config from plain data and back; None is for our own.
     """
 
     generation = 0  # counts this process's writes to any store, so that a remembered choice can tell it is stale
@@ -96,12 +96,12 @@ class PersistentCache:
         self,
         opname: str,
         path: str | os.PathLike[str] | None = None,
-        loader: Callable[[Any], Any] = RaggedPageAttentionv2Config.from_dict,
+        loader: Callable[[Any], Any] | None = None,
         dumper: Callable[[Any], Any] | None = None,
     ) -> None:
         self.opname = opname
         self._path = None if path is None else Path(os.path.expanduser(path))
-        self._loader = loader
+        self._loader = loader or RaggedPageAttentionv2Config.from_dict
         self._dumper = dumper or _plain
         self._read: tuple[Any, dict[str, Any]] = (None, {})  # stamp of the file, its entries
 
@@ -138,10 +138,11 @@ class PersistentCache:
 
     def merge(self, added: Mapping[str, Any], *, replace: bool = False) -> bool:
         """Write `added` over the file's entries (with `replace`, instead of them); False, with a warning, if not."""
-        path = Path(os.path.realpath(self.path))  # a link stays one
+        path = self.path
         try:
             from filelock import FileLock
 
+            path = Path(os.path.realpath(path))  # a link stays one
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock", timeout=_PATIENCE):  # its Timeout is an OSError
                 entries = {} if replace else _current(path)
@@ -202,7 +203,7 @@ def config_of(entry: Any, where: str, loader: Callable[[Any], Any] = RaggedPageA
     try:
         return loader(entry["config"])
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        warn(f"{where} is not a usable config and is ignored: {error}")
+        warn(f"{where} is not a usable config and is ignored: {type(error).__name__}: {error}")
         return None
 
 

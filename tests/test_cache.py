@@ -261,6 +261,17 @@ def test_a_file_that_nobody_may_look_at_is_one_warning(store, monkeypatch, name)
     assert again.get("d", "o", "k") is None
 
 
+def test_a_relative_folder_below_one_that_is_gone_is_a_warning_and_a_miss(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    store = PersistentCache("op", "below/op.json")
+    assert store.get("d", "o", "k") is None
+    with pytest.warns(RuntimeWarning, match="are not stored"):
+        store.put("d", "o", "k", CFG)
+
+
 def test_a_config_that_is_no_data_is_a_warning(store):
     with pytest.warns(RuntimeWarning, match=r"are not stored.*not JSON serializable"):
         store.put("d", "o", "k", object())

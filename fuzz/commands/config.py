@@ -56,7 +56,7 @@ def explain(
         for entry in layers:
             print(f"{model} {entry.name}: {tokens} rows, {seqs} sequences, pages of {page}")
             print(_explained(preset, entry, tokens, seqs, context, page, platform), end="\n\n")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, MemoryError) as error:
         raise _fail(str(error)) from None
 
 
