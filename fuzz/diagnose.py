@@ -1,7 +1,8 @@
 """Which known bug behaves like this failure? The model kernel's mutants, tried as explanations.
 
 A mutant explains a failure when its errors look like the target's: the same elements wrong, by the same amounts. The
-tile sizes tried are not the target's, which nobody knows, so a bug at a block edge is matched by the closest one.
+tile sizes tried are not the target's, which nobody knows, so a bug at a block edge is matched by the closest one. What
+no mutant behaves like is explained by the weights that the target gives each key (`fuzz.weights`).
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ from functools import lru_cache
 import numpy as np
 
 from fuzz.build import build
-from fuzz.judge import Judgement, judge_case, judge_rejections
+from fuzz.judge import Judgement, judge_case, judge_plan, judge_rejections
 from fuzz.mutants import model
 from fuzz.mutants.catalogue import BY_ID, MUTANTS, Mutant
 from fuzz.mutants.model import Launch
 from fuzz.plan import Plan
 from fuzz.targets import Target
+from fuzz.weights import Explained, explain, measured
 from oracle import Case, attend
 from oracle.poison import owned_rows
 
 TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
-# A distance of 0 is the same errors, of 1 no likeness at all; past the last nothing is named.
-ALIKE, SIMILAR, LIKENESS = 0.15, 0.5, 0.9
+# A distance of 0 is the same errors, of 1 no likeness at all. Past the second what the weights show is believed first,
+# past the last nothing is named.
+ALIKE, SURE, SIMILAR, LIKENESS = 0.15, 0.05, 0.5, 0.9
 CANDIDATES = 20
 KEYS = 2000  # a plan with longer contexts is no evidence if there is another: the model kernel is slow
 SECONDS = 10.0  # for either round; a context of thousands of keys takes the model that long
@@ -49,14 +52,15 @@ class Diagnosis:
     family: str
     distance: float
     others: tuple[str, ...] = ()
+    words: str = ""  # what its weights show
 
     def __str__(self) -> str:
+        seen = f" ({self.words})" if self.words else ""
         if self.mutant is None:
-            return "behaves like no bug in the catalogue"
+            return f"behaves like no bug in the catalogue: {self.family}{seen}"
         others = f" (or {', '.join(self.others)})" if self.others else ""
         how = "behaves like" if self.distance <= ALIKE else "resembles"
-        how = how if self.distance <= SIMILAR else "is unlike every bug in the catalogue, least unlike"
-        return f"{how} {self.mutant}{others}: {self.family}"
+        return f"{how} {self.mutant}{others}: {self.family}{seen}"
 
 
 UNKNOWN = Diagnosis(None, "unknown", 1.0)
@@ -68,28 +72,53 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
     plans = [plan for plan in plans if _keys(plan) <= KEYS] or plans[:1]
     evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
-    if not any(e.error.any() or e.broken.any() for e in evidence):
-        return UNKNOWN  # it raises, or is right when asked again
+    if not any(e.error.any() or e.broken.any() for e in evidence):  # it raises, or misses by a rounding
+        seen = _seen(plans, target) if judgement.kind != "lse" else None
+        return dataclasses.replace(UNKNOWN, family=seen.family, words=seen.words) if seen else UNKNOWN
     if judgement.kind != "lse" and not any(e.owned for e in evidence):
         return Diagnosis("dead_rows_garbage", BY_ID["dead_rows_garbage"].group, distance=0.0)
     if judgement.kind != "lse" and _only_nan(plans, target):
         leaks = [BY_ID[name] for name in ("minus_one", "v_not_sanitised")]
-        best, mutant = _ranked(leaks, evidence, time.monotonic() + SECONDS)[0]
+        best, mutant = _ranked(leaks, evidence, time.process_time() + SECONDS)[0]
         mutant = mutant if best <= ALIKE else leaks[-1]  # whatever its tiles are
         return Diagnosis(mutant.id, mutant.group, distance=0.0)
     # The last is the largest case: what is unlike there is not tried on the rest.
     known = [m for m in MUTANTS if _numeric(m) and (m.group != "lse" or judgement.kind == "lse")]
-    late = time.monotonic() + SECONDS
+    late = time.process_time() + SECONDS
     likely = [m for _, m in _ranked(known, evidence[-1:], late)][:CANDIDATES]
     ranked = _ranked(likely, evidence, late + SECONDS)
     best = ranked[0][0]
-    if best > LIKENESS:
-        return dataclasses.replace(UNKNOWN, distance=best)
+    seen = _seen(plans, target) if judgement.kind != "lse" else None
     alike = [m for distance, m in ranked if distance <= best + 0.02]
+    if seen is not None and best > (SURE if seen.sure else SIMILAR):  # a family by what was seen, and only those of it
+        alike = [m for m in alike if m.group == seen.family and best <= SIMILAR]
+    elif best > LIKENESS:
+        alike = []
+    if not alike:
+        return Diagnosis(None, seen.family if seen else "unknown", best, words=seen.words if seen else "")
     family = _majority(alike)
     alike.sort(key=lambda m: m.group != family)  # the one that is named is of the family that is
     first, *others = (m.id for m in alike[:4])
-    return Diagnosis(first, family, best, tuple(others))
+    return Diagnosis(first, family, best, tuple(others), seen.words if seen else "")
+
+
+def _seen(plans: Sequence[Plan], target: Target) -> Explained | None:
+    """What the weights show in the smallest plan, knowing which options the largest fails without."""
+    weights = measured(build(plans[0], "tame"), target, _needed(plans[0], plans[-1], target))
+    return explain(weights) if weights else None
+
+
+def _needed(small: Plan, large: Plan, target: Target) -> frozenset[str]:
+    """The options of a shrunk plan without which the target is right: a sink may stay for the sake of fewer tokens."""
+    plain = {"sinks": False, "cap": None}
+    kept = [name for name, without in plain.items() if getattr(small.shape, name) != without]
+    changes = {name: ({name: plain[name]}, {name: plain[name], "window": None}) for name in kept}  # more keys too
+    return frozenset(name for name in kept if not any(_fails(large, changed, target) for changed in changes[name]))
+
+
+def _fails(plan: Plan, changes: dict[str, object], target: Target) -> bool:
+    shape = dataclasses.replace(plan.shape, **changes)  # type: ignore[arg-type]
+    return judge_plan(plan.replace(shape=shape), target).bad
 
 
 def _only_nan(plans: Sequence[Plan], target: Target) -> bool:
@@ -107,7 +136,7 @@ def _ranked(mutants: Sequence[Mutant], evidence: Sequence[_Evidence], late: floa
     found = []
     for mutant in mutants:
         found.append((_distance(mutant, evidence), mutant))
-        if time.monotonic() > late:
+        if time.process_time() > late:
             break
     return sorted(found, key=lambda pair: pair[0])
 
@@ -173,8 +202,9 @@ def _errors(output: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.nd
         error = np.where(broken | ~np.isfinite(expected), 1.0 * stray, got - expected)
     # Rounding is no symptom: the smallest step of the output dtype near each answer is taken off.
     step = 2.0**-8 if output.dtype.itemsize == 2 else 2.0**-20
+    least = step * np.abs(np.where(np.isfinite(expected), expected, 0)).max(initial=0.0) / 2**20
     with np.errstate(invalid="ignore"):
-        return np.where(~stray & (np.abs(error) <= 2 * step * np.abs(expected) + 1e-30), 0.0, error), broken
+        return np.where(~stray & (np.abs(error) <= 2 * step * np.abs(expected) + least), 0.0, error), broken
 
 
 @lru_cache(maxsize=512)

@@ -1,8 +1,8 @@
 """The stream of static shapes: a campaign compiles little, so each shape must try much that is new.
 
-Every shape is a choice of one value for each axis. They come in an order that covers all pairs of values in fewer than
-sixty shapes (48 is the least there can be) and then the triples, a covering array built greedily (after AETG of Cohen
-et al., 1997); what a pair counts grows with how many its two axes still lack.
+Every shape is a choice of one value for each axis. The first 51 hold all pairs of values (`fuzz.opening`); for a target
+that does not take them all, and for the triples after them, a covering array is built greedily (after AETG of Cohen et
+al., 1997); what a pair counts grows with how many its two axes still lack.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from fuzz.opening import FIRST, ROWS
 from fuzz.plan import CAPS, GROUPS, HEAD_DIMS, KV_HEADS, PAGES, SCALES, TYPES, WINDOWS, Shape
 
 TIERS = ("small", "medium", "wide", "deep", "long")
@@ -109,9 +110,8 @@ def _stream(seed: int) -> Stream:
 class Stream:
     """An endless sequence of shapes, the same for the same seed, that covers all pairs of values and then the triples.
 
-    The first shapes are switched full of options, since an option that is off can hide no bug; in the deep one every
-    key is seen, so that kernels with blocks of hundreds of keys take several. Of a target that refuses one, the
-    stream finds out which values, and which pairs of them, it takes at all, and draws from those alone.
+    Of a target that refuses a shape, the stream finds out which values, and which pairs of them, it takes at all, and
+    draws from those alone.
 
     A set of values is an integer with a bit for each: how many pairs a value would add is then one bit count.
     """
@@ -120,7 +120,9 @@ class Stream:
         self.chance = random.Random(seed)
         self.taken = taken or (lambda shape: True)
         self.found: list[Shape] = []
-        self.opening = list(_OPENING)
+        rest = list(_opening()[FIRST:])
+        self.chance.shuffle(rest)
+        self.opening = [*_opening()[:FIRST], *rest]
         self.least = _LEAST
         self.beside = list(_beside())  # of each value: those that it may stand with
         self.open = list(self.beside)  # of each value: those that it has not stood with yet
@@ -302,24 +304,12 @@ def _beside() -> tuple[int, ...]:
     )
 
 
-def _opening(*rows: str) -> tuple[Choice, ...]:
+@lru_cache(maxsize=1)
+def _opening() -> tuple[Choice, ...]:
+    """The choices of `fuzz.opening`."""
     parsed = []
-    for row in rows:
+    for row in ROWS.strip().splitlines():
         types, page, kv, group, dim, window, cap, sinks, tier, scale, lse = row.split()
         options = (window, None if cap == "-" else float(cap), sinks == "sinks", tier, scale, lse == "lse")
         parsed.append(dict(zip(AXES, (types, int(page), int(kv), int(group), int(dim), *options), strict=True)))
     return tuple(parsed)
-
-
-#   types page kv group D window cap sinks tier scale lse
-_OPENING = _opening(
-    "f32         4 2 3   8 few  5  sinks small  odd       -",
-    "bf16        3 3 2  20 none -  none  small  default   lse",
-    "f32         8 1 4   8 none -  none  deep   default   -",
-    "f32        16 2 2   8 page 30 sinks medium unit      lse",
-    "f16         4 3 1  72 one  -  sinks small  default   -",
-    "f32         1 2 2   3 none 5  none  wide   default   -",
-    "bf16_as_f32 16 1 2  8 few  -  none  long   default   lse",
-    "int8        8 2 2  64 none 30 sinks medium default   -",
-    "f32        32 1 2   8 wide 5  sinks long   default   lse",
-)

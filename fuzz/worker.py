@@ -30,9 +30,9 @@ from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
 # Each 10,000 cases open so many shapes: with the relations that compile, and what is compiled ahead, 40 compilations in
-# any 10,000 that follow each other. They open early in them, since all pairs of features are seen when some 56 shapes
-# are; but three by three, so that the first case need not wait for many.
-PERIOD, SHAPES_A_PERIOD, FIRST_SHAPES, CASES_A_SHAPE = 10_000, 34, 3, 30
+# any 10,000 that follow each other. They open early in them, since all pairs of features are seen when 51 shapes are;
+# but three by three, so that the first case need not wait for many.
+PERIOD, SHAPES_A_PERIOD, FIRST_SHAPES, CASES_A_SHAPE = 10_000, 32, 3, 30
 FRESH = 4  # cases of a shape that come first when it is opened
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
 # Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do

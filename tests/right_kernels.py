@@ -125,6 +125,37 @@ def sums_in_chunks(*arrays: Any, **options: Any) -> np.ndarray:
     return output
 
 
+def splits_of_five(*arrays: Any, **options: Any) -> np.ndarray:
+    """Splits of five keys, each divided by its own sum, then weighed by their log-sum-exp: as FlashDecoding merges."""
+    case = _case(arrays, options)
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, *span in _rows(case):
+        x, v = one_row(case, row, head, *span, dtype=np.float32)
+        answers, logs = [], [*x[len(v) :]]  # the sink is a split without values
+        for start in range(0, len(v), 5):
+            part = slice(start, min(start + 5, len(v)))
+            p = np.exp(x[part] - x[part].max())
+            answers.append(p @ v[part] / p.sum())
+            logs.append(x[part].max() + np.log(p.sum()))
+        p = np.exp(np.array(logs) - max(logs))
+        output[row, head] = ((p[-len(answers) :] @ np.array(answers)) / p.sum()).astype(output.dtype)
+    return output
+
+
+def a_running_mean(*arrays: Any, **options: Any) -> np.ndarray:
+    """One key after the other moves a mean by its weight, from logarithms that are added in float64."""
+    case = _case(arrays, options)
+    output = np.zeros(case.queries.shape, case.queries.dtype)
+    for row, head, *span in _rows(case):
+        x, v = one_row(case, row, head, *span, dtype=np.float64)
+        total, mean = (x[-1] if len(x) > len(v) else -np.inf), np.zeros(case.head_dim)
+        for logit, value in zip(x, v, strict=False):
+            new = np.logaddexp(total, logit)
+            mean, total = mean * np.exp(total - new) + np.exp(logit - new) * value, new
+        output[row, head] = mean.astype(output.dtype)
+    return output
+
+
 KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "block 7, split 3, last block first": styled(block=7, splits=3, reverse=True),
     "block 33, base 2, scaled queries": styled(block=33, base2=True, sink_first=True, scale_query=True),
@@ -134,5 +165,7 @@ KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "two passes in float64": two_passes_in_float64,
     "a tree of odd blocks": tree_of_odd_blocks,
     "sums in chunks": sums_in_chunks,
+    "splits of five": splits_of_five,
+    "a running mean": a_running_mean,
     "block 3, split 2": styled(block=3, splits=2),
 }

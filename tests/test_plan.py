@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzz import stream
 from fuzz.ahead import Ahead
 from fuzz.build import build, layout_of, refill
 from fuzz.coverage import STATIC, Coverage, features, pairs, possible, static_features, valid_pairs
@@ -117,8 +118,13 @@ def held(shapes) -> set:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sixty_shapes_hold_every_pair_of_static_features(seed: int) -> None:
-    assert held(first_shapes(seed, 60)) == STATIC_PAIRS
+def test_fifty_one_shapes_hold_every_pair_of_static_features(seed: int) -> None:
+    assert held(first_shapes(seed, 51)) == STATIC_PAIRS
+
+
+def test_without_its_opening_the_stream_still_holds_every_pair_in_sixty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_opening", tuple)
+    assert held(itertools.islice(Stream(0).shapes(), 60)) == STATIC_PAIRS
 
 
 def narrow_pages(shape) -> bool:
@@ -128,10 +134,10 @@ def narrow_pages(shape) -> bool:
 
 
 def test_a_kernel_that_takes_little_is_given_what_it_takes_in_all_pairs() -> None:
-    stream = Stream(0, narrow_pages)
-    shapes = [stream.shape(index) for index in range(60)]
+    narrow = Stream(0, narrow_pages)
+    shapes = [narrow.shape(index) for index in range(60)]
     assert all(narrow_pages(shape) for shape in shapes)
-    barred = set(stream.barred())
+    barred = set(narrow.barred())
     assert {(("page", 4),), (("types", "e5m2"),), (("types", "int8"), ("head_dim", 128))} <= barred
     wanted = {p for p in STATIC_PAIRS if not {p, p[:1], p[1:]} & barred}
     assert len(wanted) > 400
@@ -154,7 +160,7 @@ def test_forty_compilations_go_into_any_ten_thousand_cases(seed: int) -> None:
         assert compiled[wanted_shapes(last)] - compiled[wanted_shapes(first)] <= 40, (first, last)
 
 
-@pytest.mark.parametrize(("cases", "size", "share"), [(10_800, "pairs", 1.0), (48_000, "triples", 0.95)])
+@pytest.mark.parametrize(("cases", "size", "share"), [(10_600, "pairs", 1.0), (48_000, "triples", 0.95)])
 def test_pairs_are_complete_within_two_minutes_of_cases_and_triples_nearly_within_six(cases, size, share) -> None:
     """At 130 cases a second. Sixty plans of each shape open then stand for all: a campaign draws more."""
     chance, cover = random.Random(0), Coverage()
