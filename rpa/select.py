@@ -21,7 +21,6 @@ from rpa.signature import Inputs, Signature
 STORE = "ragged-page-attention"
 _IDLE = "this batch is mostly idle"
 _MODEL = ("heads", "dim", "q", "kv", "compute", "decode")  # what a shipped config is never taken across
-_NOTHING = (math.inf, "")
 
 
 @lru_cache(maxsize=1)
@@ -138,15 +137,14 @@ class Attention(Call):
         other sizes or options of the same heads and dtypes names the backend, and leaves the block sizes to it.
         """
         table, wanted = cache.shipped(self.device), _parsed(stem(self.signature, "auto", "none"))
-        far, key = min(((_distance(wanted, _parsed(key.partition("|")[2])), key) for key in table), default=_NOTHING)
+        far, key = min([(_distance(wanted, _parsed(key.partition("|")[2])), key) for key in table] + [(math.inf, "")])
         if far == math.inf:
             return None, "the tables that ship hold nothing like it for this device"
         config = cache.config_of(table[key], f"the table that ships: {key!r}")
         if config is None or far < 1:
             return config, f"it ships: {table[key].get('note', '')}"
-        return RaggedPageAttentionv2Config(
-            platform=config.platform
-        ), f"the nearest that ships is {key.partition('|')[2]}"
+        backend = RaggedPageAttentionv2Config(platform=config.platform)
+        return backend, f"the nearest that ships is {key.partition('|')[2]}"
 
 
 @dataclass(frozen=True)

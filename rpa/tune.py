@@ -216,9 +216,7 @@ def why_not(tuner: Any) -> str | None:
 @lru_cache(maxsize=1)
 def installed_verifier() -> Verifier | None:
     """The judge that an installed package offers; this package imports none by itself."""
-    for point in metadata.entry_points(group=VERIFIERS):
-        return point.load()
-    return None
+    return next((point.load() for point in metadata.entry_points(group=VERIFIERS)), None)
 
 
 def _jitted(fn: Any) -> Any:
