@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 if sys.argv[1] != "0":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={sys.argv[1]}"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
