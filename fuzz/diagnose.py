@@ -57,12 +57,14 @@ class Diagnosis:
     def __str__(self) -> str:
         seen = f" ({self.words})" if self.words else ""
         if self.mutant is None:
-            return f"behaves like no bug in the catalogue: {self.family}{seen}"
+            return _PLAIN.get(self.family, f"behaves like no bug in the catalogue: {self.family}{seen}")
         others = f" (or {', '.join(self.others)})" if self.others else ""
         how = "behaves like" if self.distance <= ALIKE else "resembles"
         return f"{how} {self.mutant}{others}: {self.family}{seen}"
 
 
+# What needs no explanation.
+_PLAIN = {"error": "raises on a legal call", "form": "returns no array of the right shape and dtype"}
 UNKNOWN = Diagnosis(None, "unknown", 1.0)
 
 
@@ -70,6 +72,8 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     """The best explanation of a failure, by the target's answers to a few failing plans."""
     if judgement.kind in _BY_KIND:
         return Diagnosis(*_BY_KIND[judgement.kind], distance=0.0)
+    if judgement.kind in _PLAIN:
+        return Diagnosis(None, judgement.kind, distance=0.0)
     plans = [plan for plan in plans if _keys(plan) <= KEYS] or plans[:1]
     evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
     if not any(e.error.any() or e.broken.any() for e in evidence):  # it raises, or misses by a rounding
@@ -83,7 +87,7 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
         mutant = mutant if best <= ALIKE else leaks[-1]  # whatever its tiles are
         return Diagnosis(mutant.id, mutant.group, distance=0.0)
     # The last is the largest case: what is unlike there is not tried on the rest.
-    known = [m for m in MUTANTS if _numeric(m) and (m.group != "lse" or judgement.kind == "lse")]
+    known = [m for m in MUTANTS if _numeric(m) and (m.group == "lse") == (judgement.kind == "lse")]
     late = time.process_time() + SECONDS
     likely = [m for _, m in _ranked(known, evidence[-1:], late)][:CANDIDATES]
     ranked = _ranked(likely, evidence, late + SECONDS)

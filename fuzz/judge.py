@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from fuzz.build import build, refill
 from fuzz.plan import Plan
-from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend
+from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend, origin
 from oracle import Case
 from oracle.bound import Analysis, analyse
 from oracle.verdict import Verdict, compare
@@ -66,8 +65,8 @@ def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
         output, lse = target.run(case)
     except (Unsupported, WrongBackend, InputChanged):
         raise
-    except Exception as error:  # whatever a foreign kernel raises on a legal call is its failure
-        return Judgement("fail", "error", _origin(error), ratio=np.inf)
+    except (Exception, SystemExit) as error:  # whatever a foreign kernel raises on a legal call is its failure
+        return Judgement("fail", "error", origin(error), ratio=np.inf)
     random = plan is not None and plan.data in RANDOM_DATA
     analysis = analyse(case, target.claim(case), soft=random)
     verdict = compare(case, analysis, output, lse, structured=not random)
@@ -87,7 +86,9 @@ def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
 
 
 def _kind(verdict: Verdict) -> str:
-    """The sort of a failure: a wrong lse where only that is wrong, NaN, or a number beyond its bound."""
+    """The sort of a failure: wrong shape or dtype, an lse where only that is wrong, NaN, or a number past its bound."""
+    if verdict.token is None:
+        return "form"
     if verdict.ratio <= 1 and verdict.lse_ratio > 1:
         return "lse"
     broken = verdict.status == "fail" and verdict.got is not None and not np.isfinite(verdict.got)
@@ -119,12 +120,6 @@ def _beyond_bound(
         found = check(plan, case, target, output)
     # A kernel that never gives the same bits twice breaks every comparison of two calls; say so instead.
     return found and (_repeat(case, target, answer, repeats) or found)
-
-
-def _origin(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{where}: {str(error)[:500]}"
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -83,7 +83,7 @@ def _imports(target: Target, body: list[str]) -> list[str]:
     elif known or "." in function:
         how = f'from fuzz.targets import load; target = load("{target.name}").call'
     else:
-        how = f"from {module} import {function} as target"
+        how = f'import sys; sys.path.append("."); from {module} import {function} as target'
     return [
         "import ml_dtypes, numpy as np" if any("ml_dtypes." in line for line in body) else "import numpy as np",
         how,

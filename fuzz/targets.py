@@ -7,11 +7,13 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,10 +142,11 @@ def _from_bytes(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
 
 def _as_numpy(answer: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """Force the answer into fresh NumPy arrays, so that nothing lazy or shared is judged."""
-    if isinstance(answer, tuple):
-        output, lse = answer
-        return np.array(output), None if lse is None else np.array(lse)
-    return np.array(answer), None
+    output, lse = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, None)
+    arrays = np.array(output), None if lse is None else np.array(lse)
+    if any(array is not None and array.dtype.kind not in "fiubV" for array in arrays):  # V: bfloat16 and its like
+        raise TypeError(f"the target returned a {type(answer).__name__}, which is no array of numbers")
+    return arrays
 
 
 def _declared(value: Any, default: Callable[[Case], Any]) -> Callable[[Case], Any]:
@@ -189,11 +192,20 @@ def _import(name: str, module: str, attribute: str) -> Callable[..., Any]:
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise TargetError(f"target {name!r} cannot be loaded: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise TargetError(f"target {name!r} cannot be loaded: {origin(error)}") from error
     if not callable(found):
-        raise TargetError(f"target {name!r} is a {type(found).__name__}, not a function")
+        raise TargetError(f"target {name!r} is of type {type(found).__name__}, not a function")
     return found
+
+
+def origin(error: BaseException) -> str:
+    """An error's type, where in somebody's file it was raised, and its message."""
+    ours = {__file__, importlib.__file__, str(Path(__file__).with_name("judge.py"))}
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
+    frames = [f for f in frames if not f.filename.startswith("<frozen")]
+    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {str(error)[:500]}"
 
 
 def from_callable(function: Any, name: str) -> Target:

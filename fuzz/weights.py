@@ -94,7 +94,8 @@ def explain(weights: Weights) -> Explained | None:
     got, right = w.got[:, row, head].mean(axis=1), w.right[:, row, head]
     steps = (_narrow, _silent, _some_dims, _elsewhere, _other_keys, _same_keys)
     found = next(f for step in steps if (f := step(w, sequence, row, head, got, right)))
-    return Explained(found[0], f"{place} {found[1]}", found[0] not in VAGUE and "miss" not in found[1])
+    kept = w.case.quantised or bool(w.needed)  # by the shrinker, so the bug is theirs
+    return Explained(found[0], f"{place} {found[1]}", kept or (found[0] not in VAGUE and "miss" not in found[1]))
 
 
 VAGUE = ("softmax", "ragged", "dtype")  # what is left when no key is out of place
@@ -165,15 +166,15 @@ def _other_keys(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, r
             return "paging", f"{share} slot {slot} of page {at}, which is not the sequence's"
         keys = [places[i][0] for i in extra]
         if len(extra) == len(missing) and not ((right > w.like) & (np.abs(got) > w.like)).any():
-            return "paging", f"reads keys {_few(keys)} where {_few([places[i][0] for i in missing])} belong"
-        return "masking", f"{share} keys {_few(keys)}, {_why_unseen(w, s, row, keys)}"
+            return "paging", f"reads {_keys(keys)} where {_keys([places[i][0] for i in missing])} should be"
+        return "masking", f"{share} {_keys(keys)}, {_why_unseen(w, s, row, keys)}"
     lost = [places[i][0] for i in missing if places[i]]
     rest = (right > w.like) & (np.abs(got) > w.like)
     ratio = got[rest] / right[rest]
     if rest.sum() > 1 and np.ptp(ratio) > 5 * w.like * ratio.max() and ratio.max() > 1.5 * ratio.min():
-        return "paging", f"misses keys {_few(lost)}, and others weigh too much: they are read in their place"
+        return "paging", f"misses {_keys(lost)}, and others weigh too much: they are read in their place"
     tail = len(lost) > 1 and max(lost) == s.context_len - 1 and min(lost) % page == 0
-    return ("tails" if tail else "masking"), f"misses keys {_few(lost)} of its {int((right > SEEN).sum())}"
+    return ("tails" if tail else "masking"), f"misses {_keys(lost)} of its {int((right > SEEN).sum())}"
 
 
 def _same_keys(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, right: np.ndarray) -> Found:
@@ -183,7 +184,7 @@ def _same_keys(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, ri
     twice = np.flatnonzero(np.rint(ratio / least) == 2) if least > 0 else []
     if len(twice) and np.abs(ratio / least - np.rint(ratio / least)).max() < 5 * w.like and ratio.max() < 2.5 * least:
         keys = [_positions(w, s, i)[0] for i in np.flatnonzero(right > FEW)[twice]]
-        return "split-KV", f"counts keys {_few(keys)} twice"
+        return "split-KV", f"counts {_keys(keys)} twice"
     if ratio.size and np.ptp(ratio) < w.like * np.abs(ratio).max():
         words = f"weighs every key {ratio.mean():.3g} times as much as is right"
     else:
@@ -209,6 +210,10 @@ def _why_unseen(w: Weights, s: Sequence, row: int, keys: list[int]) -> str:
     if max(keys) >= s.context_len:
         return "past the end of the context"
     return "after its own position" if max(keys) > position else "before its window"
+
+
+def _keys(numbers: list[int]) -> str:
+    return f"key{'s' * (len(set(numbers)) > 1)} {_few(numbers)}"
 
 
 def _few(numbers: object) -> str:

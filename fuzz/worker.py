@@ -228,7 +228,8 @@ def left_behind(plan: Plan, target: Target, judgement: Judgement, out: Path) -> 
 
     small = shrink(plan, target, judgement)
     diagnosis = diagnose([small.plan, plan], target, small.judgement)
-    name = f"{judgement.kind.replace(':', '-')}-{diagnosis.mutant or 'unknown'}"
+    explained = (diagnosis.mutant or diagnosis.family).replace(" ", "_")
+    name = "-".join(dict.fromkeys([*judgement.kind.split(":"), explained]))
     final = leave(out / "failures" / name, small.plan, target, small.judgement, diagnosis)
     return {
         "id": name, "kind": judgement.kind, "status": judgement.status, "text": final.text, "diagnosis": str(diagnosis),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fuzz.build import build
+from fuzz.diagnose import diagnose
 from fuzz.judge import judge_case, judge_plan
 from fuzz.mutants.model import Launch, attention
 from fuzz.plan import SMALLEST, Plan, Shape
@@ -78,8 +80,8 @@ def test_a_declared_gap_and_a_refusal_are_skips_with_their_reason() -> None:
     ("answer", "kind", "words"),
     [
         (lambda q: 1 / 0, "error", "ZeroDivisionError at test_targets.py"),
-        (lambda q: q[:, :1], "bound", "shape"),
-        (lambda q: q.astype(np.float64), "bound", "dtype"),
+        (lambda q: q[:, :1], "form", "shape"),
+        (lambda q: q.astype(np.float64), "form", "dtype"),
         (lambda q: np.full_like(q, np.nan), "nan", "got nan"),
     ],
 )
@@ -128,3 +130,38 @@ def test_our_xla_backend_is_right_and_declares_its_claim() -> None:
     assert judge_case(case, target).status == "pass"
     assert target.ran is not None
     assert target.ran(case) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("raise ZeroDivisionError('at import')", "ZeroDivisionError at broken.py:1: at import"),
+        ("import sys; sys.exit(7)", "SystemExit at broken.py:1: 7"),
+        ("def f(:", "SyntaxError: invalid syntax"),
+        ("f = 3", "is of type int, not a function"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_in_a_line(
+    source: str, told: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(TargetError, match=told):
+        load("broken:f")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "told"),
+    [
+        (lambda q: None, "error", "returned a NoneType, which is no array of numbers"),
+        (lambda q: "hello", "error", "returned a str"),
+        (lambda q: sys.exit(3), "error", "SystemExit"),
+    ],
+)
+def test_what_is_no_answer_is_a_failure_that_says_so(answer, kind: str, told: str) -> None:
+    target = from_callable(lambda queries, *rest, **options: answer(queries), "odd")
+    judgement = judge_plan(SMALLEST, target)
+    assert (judgement.status, judgement.kind) == ("fail", kind)
+    assert re.search(told, judgement.text), judgement.text
+    assert diagnose([SMALLEST], target, judgement).family == kind

@@ -37,7 +37,7 @@ def turned(case, output):
 
 WRONG = {
     "masking: after its own position": Bug(span=ahead),
-    "masking: misses keys 0": Bug(span=behind),
+    "masking: misses key 0": Bug(span=behind),
     "heads: kv head 1; its own is 0": Bug(head=lambda case, head: head % 2),
     "heads: holds the answer of head": Bug(output=swapped),
     "heads: elements": Bug(output=turned),
