@@ -73,13 +73,15 @@ def layout_of(mesh: Any, in_specs: Any = None) -> Layout:
 
 def explicit(inputs: Inputs) -> tuple[Any, tuple[Any, ...]] | None:
     """The mesh and the specs of arrays whose types say how they lie (JAX's explicit axes); None where none is split."""
-    arrays = {name: array for name, array in zip(_ARGUMENTS, inputs, strict=False) if isinstance(array, jax.Array)}
-    lies = {name: jax.typeof(array).sharding for name, array in arrays.items()}
-    split = next((name for name, sharding in lies.items() if any(sharding.spec)), None)
-    if split is None:
+    lies: list[Any] = [
+        array.aval.sharding if isinstance(array, jax.Array) else None for array in inputs[: len(_ARGUMENTS)]
+    ]
+    first = next((i for i, sharding in enumerate(lies) if sharding is not None and any(sharding.spec)), None)
+    if first is None:
         return None
-    of: Any = lies[split] if is_traced(arrays[split]) else arrays[split].sharding
-    return of.mesh, tuple(lies[name].spec if name in lies else None for name in _ARGUMENTS)
+    array: Any = inputs[first]
+    mesh = (lies[first] if is_traced(array) else array.sharding).mesh  # a traced array names no devices
+    return mesh, tuple(sharding and sharding.spec for sharding in lies)
 
 
 def _from_specs(mesh: Any, in_specs: Any) -> Layout:

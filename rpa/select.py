@@ -136,10 +136,13 @@ class Attention(Call):
         An entry for as many tokens in pages of another size serves as it is, since GPU blocks are in tokens; one for
         other sizes or options of the same heads and dtypes names the backend, and leaves the block sizes to it.
         """
-        table, wanted = cache.shipped(self.device), _parsed(stem(self.signature, "auto", "none"))
-        far, key = min([(_distance(wanted, _parsed(key.partition("|")[2])), key) for key in table] + [(math.inf, "")])
+        table = cache.shipped(self.device)
+        if not table:
+            return None, "no table ships for this device"
+        wanted = _parsed(stem(self.signature, "auto", "none"))
+        far, key = min((_distance(wanted, _parsed(key.partition("|")[2])), key) for key in table)
         if far == math.inf:
-            return None, "the tables that ship hold nothing like it for this device"
+            return None, f"the table that ships for {self.device.kind} holds nothing like it"
         config = cache.config_of(table[key], f"the table that ships: {key!r}")
         if config is None or far < 1:
             return config, f"it ships: {table[key].get('note', '')}"
