@@ -229,10 +229,11 @@ def left_behind(plan: Plan, target: Target, judgement: Judgement, out: Path) -> 
     small = shrink(plan, target, judgement)
     diagnosis = diagnose([small.plan, plan], target, small.judgement)
     explained = (diagnosis.mutant or diagnosis.family).replace(" ", "_")
-    name = "-".join(dict.fromkeys([*judgement.kind.split(":"), explained]))
+    kind = small.judgement.kind  # of the smallest: one bug, found twice, is one failure
+    name = "-".join(dict.fromkeys([*kind.split(":"), explained]))
     final = leave(out / "failures" / name, small.plan, target, small.judgement, diagnosis)
     return {
-        "id": name, "kind": judgement.kind, "status": judgement.status, "text": final.text, "diagnosis": str(diagnosis),
+        "id": name, "kind": kind, "status": judgement.status, "text": final.text, "diagnosis": str(diagnosis),
         "family": diagnosis.family, "mutant": diagnosis.mutant, "plan": small.plan.to_json(), "found": plan.to_json(),
         "shrink_seconds": round(small.seconds, 2), "tried": small.tried,
     }  # fmt: skip
