@@ -20,6 +20,10 @@ _NAMES = {
     "sequences": ("sequences", "sequence", "seq", "dp", "data", "batch"),
     "pages": ("pages", "page", "cp", "context", "kv"),
 }
+_RULE = (
+    "an axis may split the heads of queries (kv_pages and softmax_aux alike), the sequences of context_lens "
+    "(block_tables alike) or the pages of kv_pages"
+)
 _ARGUMENTS = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux")
 
 
@@ -103,20 +107,12 @@ def _from_specs(mesh: Any, in_specs: Any) -> Layout:
     for name, dims in split.items():
         for dim, (axes, may) in enumerate(zip(dims, allowed[name], strict=True)):
             if axes not in ((), may):
-                raise ValueError(_no_split(name, dim, axes))
+                raise ValueError(f"{name} is split in dimension {dim} by mesh axis {_shown(axes)}, and {_RULE}")
     used = (*heads, *sequences, *pages)
     twice = next((axis for axis in used if used.count(axis) > 1), None)
     if twice is not None:
         raise ValueError(f"mesh axis {twice!r} splits two dimensions, and an axis can split one")
     return Layout(mesh, heads, sequences, pages)
-
-
-def _no_split(name: str, dim: int, axes: Axes) -> str:
-    can = (
-        "an axis may split the heads of queries (kv_pages and softmax_aux alike), the sequences of context_lens "
-        "(block_tables alike) or the pages of kv_pages"
-    )
-    return f"{name} is split in dimension {dim} by mesh axis {_shown(axes)}, and {can}"
 
 
 def dims_of(name: str, spec: Any, rank: int, mesh: Any) -> tuple[Axes, ...]:
