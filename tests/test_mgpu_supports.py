@@ -8,7 +8,7 @@ import pytest
 
 from rpa.backends import pallas_gpu
 from rpa.backends.pallas_gpu.prefill_work import scratch_types
-from rpa.backends.pallas_gpu.program import SMEM, footprint, program, shape_of, worker_memory
+from rpa.backends.pallas_gpu.program import SMEM, decode_memory, footprint, program, shape_of
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Signature
@@ -86,7 +86,7 @@ def shared_memory(call) -> int:
         assert todo.decode.stages >= 1
         assert todo.decode.chunk % todo.decode.block == 0
         assert todo.decode.splits <= 64
-        decode = todo.decode.workers * worker_memory(shape, todo.decode)
+        decode = decode_memory(shape, todo.decode)
     return prefill + decode if todo.fused else max(prefill, decode)
 
 

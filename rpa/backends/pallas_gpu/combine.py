@@ -8,6 +8,8 @@ waits for is their latency.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,8 @@ from rpa.backends.pallas_gpu.decode import COLUMNS, WG, Outputs, across, heads_a
 from rpa.backends.pallas_gpu.tiles import FLOOR, I32, Shape, ceil_div
 
 SLICE = 64  # of the head size
-GROUPS = 2  # warpgroups a CTA
+GROUPS = 1  # warpgroups a CTA: more would share its way to the last-level cache
+EAGER = 1 << 20  # numbers of all parts, 4 MiB
 
 
 def combine(parts: Outputs, sinks, shape: Shape, tiling: decode.Tiling, with_lse: bool, into=None):
@@ -111,25 +114,27 @@ def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling:
     """Unnormalised (acc [SLICE, N], m [N], l [N]) of a row's live splits, several loaded at once."""
     n = shape.columns
     together = max(1, min(tiling.splits, 256 // n))  # what registers hold
+    # Of few parts all are loaded, the dead ones too: waiting for `live` first would be most of this kernel's time.
+    eager = tiling.splits <= together and tiling.units * shape.kv_heads * shape.head_dim * n <= EAGER
+    most = tiling.splits if eager else live
 
     def fold(step, carry):
         acc, m, l = carry
         splits = [step * together + j for j in range(together)]
-        items = [(jnp.minimum(c, live - 1) * tiling.rows + row) * shape.kv_heads + head for c in splits]
-        # Those past the last repeat it, and weigh nothing.
-        ms = [plgpu.load(m_ref.at[item], layout=COLUMNS, optimized=False) for item in items]
-        ls = [plgpu.load(l_ref.at[item], layout=COLUMNS, optimized=False) for item in items]
-        accs = [
+        items = [(jnp.minimum(c, most - 1) * tiling.rows + row) * shape.kv_heads + head for c in splits]
+        parts = [
             plgpu.load(acc_ref.at[item, pl.ds(column, SLICE)], layout=WG, optimized=False) for item in items
         ]
-        top = m
-        for x in ms:
-            top = jnp.maximum(top, x)
+        ms, ls = (
+            [plgpu.load(ref.at[item], layout=COLUMNS, optimized=False) for item in items] for ref in (m_ref, l_ref)
+        )
+        ms = [kept(c < live, x, FLOOR) for c, x in zip(splits, ms, strict=True)]
+        top = functools.reduce(jnp.maximum, ms, m)
         scale = jnp.exp2(m - top)
         acc, l = acc * across(scale, acc), l * scale
-        for c, x, y, z in zip(splits, ms, ls, accs, strict=True):
-            weight = jnp.exp2(x - top) * jnp.where(c < live, 1.0, 0.0)
-            acc, l = acc + across(weight, acc) * z, l + weight * y
+        for c, x, y, z in zip(splits, ms, ls, parts, strict=True):
+            weight = jnp.exp2(x - top)
+            acc, l = acc + across(weight, acc) * kept(c < live, z, 0.0), l + weight * kept(c < live, y, 0.0)
         return acc, top, l
 
     start = (
@@ -137,4 +142,9 @@ def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling:
         plgpu.layout_cast(jnp.full((n,), FLOOR, jnp.float32), COLUMNS),
         plgpu.layout_cast(jnp.zeros((n,), jnp.float32), COLUMNS),
     )
-    return lax.fori_loop(0, ceil_div(live, together), fold, start)
+    return fold(0, start) if eager else lax.fori_loop(0, ceil_div(live, together), fold, start)
+
+
+def kept(condition, x, otherwise: float):
+    """`x` where one condition holds, else that number everywhere: parts that no split wrote may hold anything."""
+    return jnp.where(lax.broadcast(condition, x.shape), x, otherwise)

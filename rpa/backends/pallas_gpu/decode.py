@@ -11,8 +11,11 @@ bubbles between two items of one are filled by the others. An item is (split, ro
 distances from the first block a row sees, so a row's bits depend on nothing but the row. With one split the answer is
 final; of several, `combine` joins the parts.
 
-Slower on an H200: a window of 128 keys in one block of 192, 42.8 us against 27.8 (256 rows); long rows in blocks of 128
-by one worker, 521 us against 494; one row of 8k in 64 splits, 10.9 us against 9.4 in 32: their join takes longer.
+All workers run one copy of the code: each in a copy of its own, instructions arrived more slowly than they were run.
+
+Slower on an H200: a window of 128 keys in one block of 192, 24.9 us against 22.7 (256 rows); rows in a window looked up
+once a head, 26.4; keys and values of short rows on barriers of their own, 23.7; long rows in blocks of 128 by one
+worker, 521 us against 494; one row of 8k in 64 splits, 12.7 us against 8.3 in 32: their join takes longer.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from rpa.backends.pallas_gpu.tiles import (
     Heads,
     Shape,
     ceil_div,
+    down,
     drain,
     first_key,
     halved,
@@ -61,6 +65,8 @@ class Tiling(NamedTuple):
     ctas: int
     singles: bool = False  # the rows are one-token sequences, listed by `plan.live_units`; else all query rows
     lanes: bool = True  # see `rows.search`
+    short: bool = False  # a few blocks: neighbouring items go to one worker, which looks a row up once for its heads
+    joint: bool = False  # keys and values share their barriers: fewer to set up, which short rows wait for
 
     @property
     def units(self) -> int:
@@ -81,10 +87,12 @@ class Item(NamedTuple):
     stray: jax.Array  # 1 where a page is none: the row is NaN; told with the last block
     sequence: jax.Array
     post: jax.Array  # whether there is anything to do
+    pages: tuple = ()  # of each piece, where rows are short
 
 
 STRAY = Item._fields.index("stray")  # the last field of a record
 RECORD = 16  # its room
+REDUCTION = 256  # numbers
 
 
 class Listed(NamedTuple):
@@ -95,7 +103,7 @@ class Listed(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """One worker's shared memory and barriers."""
+    """Shared memory and barriers, of all workers of a CTA (each array with one more leading dimension) or of one."""
 
     q: jax.Ref  # [2, N, D], of this item and the next
     k: jax.Ref  # [stages, block, D], as stored
@@ -106,12 +114,39 @@ class Scratch(NamedTuple):
     out: jax.Ref  # [N, D], a final answer on its way out
     lse: jax.Ref  # [N]
     record: jax.Ref  # [2 * RECORD]
-    q_full: jax.Ref  # [2]
-    q_free: jax.Ref  # [2]
-    k_full: jax.Ref  # [stages]
-    v_full: jax.Ref
-    k_free: jax.Ref
-    v_free: jax.Ref
+    warps: jax.Ref  # [REDUCTION], see `tiles.down`
+    q_full: Any  # [2]
+    q_free: Any  # [2]
+    k_full: Any  # [stages]
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+    def of(self, worker, tiling: Tiling) -> Scratch:
+        """What belongs to one worker."""
+
+        def mine(name, ref):
+            if isinstance(ref, tuple):
+                return ref
+            counts = {"q_full": 2, "q_free": 2}
+            barrier = name.endswith(("full", "free"))
+            return Barriers(ref, worker * counts.get(name, tiling.stages)) if barrier else ref.at[worker]
+
+        return Scratch(*(mine(name, ref) for name, ref in zip(self._fields, self, strict=True)))
+
+
+class Barriers(NamedTuple):
+    """Some of an array of barriers, from the first on."""
+
+    ref: Any
+    first: Any
+
+    @property
+    def at(self) -> Barriers:
+        return self
+
+    def __getitem__(self, slot):
+        return self.ref.at[self.first + slot]
 
 
 class Outputs(NamedTuple):
@@ -126,25 +161,27 @@ class Outputs(NamedTuple):
 
 
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
-    n, d, dtype = shape.columns, shape.head_dim, shape.dtype
+    w, n, d, dtype = tiling.workers, shape.columns, shape.head_dim, shape.dtype
     copies = tiling.block // piece(shape.page, tiling.block)
-    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
+    pair = functools.partial(plgpu.Barrier, num_barriers=2 * w)
+    ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages * w)
     return Scratch(
-        q=smem((2, n, d), dtype),
-        k=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
-        v=smem((tiling.stages, tiling.block, d), shape.pages_dtype),
-        wide=smem((tiling.block, d), shape.operands) if shape.stored else (),
-        half=smem((n, d), shape.operands) if shape.operands != dtype else (),
-        p=smem((n, tiling.block), shape.operands, like=d),
-        out=plgpu.SMEM((n, d), jnp.dtype(dtype)),
-        lse=plgpu.SMEM((n,), jnp.float32),
-        record=plgpu.SMEM((2 * RECORD,), jnp.int32),
-        q_full=plgpu.Barrier(num_barriers=2),
-        q_free=plgpu.Barrier(num_barriers=2),
-        k_full=ring(num_arrivals=copies),
-        v_full=ring(num_arrivals=copies),
+        q=smem((w, 2, n, d), dtype),
+        k=smem((w, tiling.stages, tiling.block, d), shape.pages_dtype),
+        v=smem((w, tiling.stages, tiling.block, d), shape.pages_dtype),
+        wide=smem((w, tiling.block, d), shape.operands) if shape.stored else (),
+        half=smem((w, n, d), shape.operands) if shape.operands != dtype else (),
+        p=smem((w, n, tiling.block), shape.operands, like=d),
+        out=plgpu.SMEM((w, n, d), jnp.dtype(dtype)),
+        lse=plgpu.SMEM((w, n), jnp.float32),
+        record=plgpu.SMEM((w, 2 * RECORD), jnp.int32),
+        warps=plgpu.SMEM((w, REDUCTION), jnp.float32),
+        q_full=pair(),
+        q_free=pair(),
+        k_full=ring(num_arrivals=copies * (1 + tiling.joint)),
+        v_full=() if tiling.joint else ring(num_arrivals=copies),
         k_free=ring(),
-        v_free=ring(),
+        v_free=() if tiling.joint else ring(),
     )
 
 
@@ -172,7 +209,30 @@ def item_at(index, meta: Metadata, units, shape: Shape, tiling: Tiling) -> Item:
         post = split < live
         needed = (owner == 1) & (split == 0)  # once a row is enough
         stray = rows.strays(base, position + 1, needed, row, meta, shape)
-    return Item(blocks, index, token, low, start, stop, owner, live, stray, sequence, post)
+    item = Item(blocks, index, token, low, start, stop, owner, live, stray, sequence, post)
+    if not tiling.short:
+        return item
+    # All of a row's page ids at once: their latency is most of its time.
+    found = [pages_of(item, i, meta, shape, tiling) for i in range(tiling.chunk // tiling.block)]
+    for _, bad in found:
+        stray = stray | jnp.where(blocks > 0, bad, 0)
+    return item._replace(stray=stray, pages=tuple(page for pages, _ in found for page in pages))
+
+
+def keys_of(item: Item, i, shape: Shape, tiling: Tiling) -> list:
+    """The first key of each piece of block `i`."""
+    run = piece(shape.page, tiling.block)
+    key = lax.div(item.start, I32(run)) * run + i * tiling.block  # the compiler must see that pieces are aligned
+    return [key + j * run for j in range(tiling.block // run)]
+
+
+def pages_of(item: Item, i, meta: Metadata, shape: Shape, tiling: Tiling):
+    """(the page of each piece of block `i`, 1 where one is none); past the last live key that one's is repeated."""
+    run = piece(shape.page, tiling.block)
+    last = lax.div(item.stop - 1, I32(run)) * run
+    keys = (jnp.minimum(key, last) for key in keys_of(item, i, shape, tiling))
+    pages, _, bad = zip(*(page_of(key, item.sequence, meta.tables, shape) for key in keys), strict=True)
+    return pages, functools.reduce(lax.bitwise_or, bad)
 
 
 def for_each_item(worker, meta: Metadata, units, shape: Shape, tiling: Tiling, body):
@@ -184,14 +244,26 @@ def for_each_item(worker, meta: Metadata, units, shape: Shape, tiling: Tiling, b
     count = units.through[units.through.shape[0] - 1] if tiling.singles else I32(tiling.units)
     total = count * shape.kv_heads
     mine = lax.div(jnp.maximum(total - worker + (workers - 1), 0), I32(workers))
+    first, stride = worker, workers
+    if tiling.short:
+        each = ceil_div(total, workers)
+        first, stride = worker * each, 1
+        mine = jnp.clip(total - first, 0, each)
 
     def item_of(i):
-        index = jnp.minimum(worker + i * workers, total - 1)
+        index = jnp.minimum(first + i * stride, total - 1)
         return item_at(jnp.maximum(index, 0), meta, units, shape, tiling)
+
+    def after(i, item: Item):
+        if not tiling.short:
+            return item_of(i)
+        next_head = item._replace(index=item.index + 1)  # of the same row and split
+        same = lax.rem(first + i, I32(shape.kv_heads)) != 0
+        return lax.cond(same, lambda: next_head, lambda: item_of(i))
 
     def loop(i, carry):
         step, nth, item = carry
-        following = functools.partial(item_of, i + 1)
+        following = functools.partial(after, i + 1, item)
         item_after = lax.cond(item.post, lambda: body(item, step, nth, following), following)
         return step + jnp.where(item.post, item.blocks, 0), nth + jnp.where(item.post, 1, 0), item_after
 
@@ -235,6 +307,14 @@ def produce(worker, q_ref, kv_ref, meta: Metadata, units, s: Scratch, shape: Sha
         def block(i, stray):
             return fill_slot(item, i, step + i, nth, stray, kv_ref, meta, s, shape, tiling)
 
+        if tiling.short:
+            for i in range(tiling.chunk // tiling.block):
+
+                @pl.when(i < item.blocks)
+                def _(i=i):
+                    block(i, item.stray)
+
+            return following()
         # The next item is looked for while the ring is full.
         first = jnp.minimum(item.blocks, tiling.stages)
         stray = lax.fori_loop(0, first, block, item.stray)
@@ -243,31 +323,33 @@ def produce(worker, q_ref, kv_ref, meta: Metadata, units, s: Scratch, shape: Sha
         return after
 
     step, nth = for_each_item(worker, meta, units, shape, tiling, body)
-    post(Item(I32(-1), *(I32(0),) * (len(Item._fields) - 1)), nth)
+    post(Item(I32(-1), *(I32(0),) * (len(Item._fields) - 2)), nth)
     drain(2, nth + 1, s.q_free)
-    drain(tiling.stages, step, s.k_free, s.v_free)
+    drain(tiling.stages, step, *(free for free in (s.k_free, s.v_free) if free))
 
 
 def fill_slot(item: Item, i, step, nth, stray, kv_ref, meta: Metadata, s: Scratch, shape: Shape, tiling: Tiling):
     """Copies the keys and values of block `i`, page by page, into the slot of `step`; returns `stray`, updated."""
     run = piece(shape.page, tiling.block)
     slot, head = lax.rem(step, I32(tiling.stages)), lax.rem(item.index, I32(shape.kv_heads))
-    key = lax.div(item.start, I32(run)) * run + i * tiling.block  # the compiler must see that pieces are aligned
-    # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live key are not
-    # copied: the consumer masks their scores and zeroes their values.
-    keys = [key + j * run for j in range(tiling.block // run)]
-    last = lax.div(item.stop - 1, I32(run)) * run
-    places = [page_of(jnp.minimum(k, last), item.sequence, meta.tables, shape) for k in keys]
-    for _, _, bad in places:
+    keys = keys_of(item, i, shape, tiling)
+    if tiling.short:
+        pages = item.pages[i * len(keys) : (i + 1) * len(keys)]
+    else:  # loaded before the wait, so that their latency hides behind it
+        pages, bad = pages_of(item, i, meta, shape, tiling)
         stray = stray | bad
-    s.record[lax.rem(nth, I32(2)) * RECORD + STRAY] = stray
-    for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full, s.v_free)):
-        pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-        for j, (page, offset, _) in enumerate(places):
+        s.record[lax.rem(nth, I32(2)) * RECORD + STRAY] = stray
+    # Pieces past the last live key are not copied: the consumer masks their scores and zeroes their values.
+    for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full or s.k_full, s.v_free)):
+        if free:
+            pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+
+        for j, page in enumerate(pages):
 
             @pl.when(keys[j] < item.stop)
-            def _(j=j, page=page, offset=offset, which=which, ring=ring, full=full):
-                source = kv_ref.at[page, pl.ds(offset, run), 2 * head + which]
+            def _(j=j, page=page, which=which, ring=ring, full=full):
+                slots = pl.ds(lax.rem(keys[j], I32(shape.page)), run)
+                source = kv_ref.at[page, slots, 2 * head + which]
                 plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
 
             if j:  # a block holds one key at least
@@ -289,11 +371,15 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
             plgpu.layout_cast(jnp.zeros((tiling.block, n), jnp.float32), WG),
         )
         head = lax.rem(item.index, I32(shape.kv_heads))
+        sink = None
+        if heads.sinks is not None:  # loaded now, so that nothing waits for it at the end
+            sink = plgpu.load(heads.sinks.at[pl.ds(heads_at(head, shape)[0], n)], layout=COLUMNS, optimized=False)
         scale = shape.scale if heads.k_scale is None else shape.scale * heads.k_scale[head]
         queries = s.q.at[slot]
         if shape.operands != shape.dtype:
             queries = s.half
-            queries.transpose((1, 0))[...], unit = halved(s.q.at[slot].transpose((1, 0))[...], 0)
+            most = functools.partial(down, "max", scratch_ref=s.warps, lanes=tiling.lanes)
+            queries.transpose((1, 0))[...], unit = halved(s.q.at[slot].transpose((1, 0))[...], 0, most)
             scale = scale * unit
             plgpu.commit_smem()
         fold = functools.partial(fold_block, item, queries, step, scale, s=s, shape=shape, tiling=tiling)
@@ -303,9 +389,9 @@ def consume(outs: Outputs, heads: Heads, s: Scratch, shape: Shape, tiling: Tilin
         # Known only now: the producer looks at page ids as it goes.
         wrong = (item.owner == 2) | (s.record[slot * RECORD + STRAY] != 0)
         plgpu.barrier_arrive(s.q_free.at[slot])
-        l = l.sum(axis=0) + jnp.where(wrong, jnp.nan, 0.0)
+        l = down("sum", l, s.warps, tiling.lanes) + jnp.where(wrong, jnp.nan, 0.0)
         if tiling.splits == 1:
-            write_answer(item, acc, m, l, outs, heads.sinks, s, shape, tiling)
+            write_answer(item, acc, m, l, outs, sink, s, shape, tiling)
         else:
             outs.acc[item.index], outs.m[item.index], outs.l[item.index] = acc, m, l
             if outs.live is not None:  # the first item of a row tells how many parts it has
@@ -335,17 +421,19 @@ def fold_block(item: Item, queries, step, scale, i, carry, *, s: Scratch, shape:
     slot = lax.rem(step + i, I32(tiling.stages))
     key = item.start + i * tiling.block
     z = masked(scores(s, queries, slot, scale, shape), key, item, tiling)
-    m_new = jnp.maximum(m, z.max(axis=0))
+    m_new = jnp.maximum(m, down("max", z, s.warps, tiling.lanes))
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z - across(m_new, z))
     s.p.transpose((1, 0))[...] = p.astype(shape.operands)
     plgpu.commit_smem()
-    plgpu.barrier_wait(s.v_full.at[slot])
-    values = operand(s.v.at[slot], s.v_free.at[slot], s, shape)
+    if s.v_full:
+        plgpu.barrier_wait(s.v_full.at[slot])
+    v_free = (s.v_free or s.k_free).at[slot]
+    values = operand(s.v.at[slot], v_free, s, shape)
     clean_values(values, key, item, shape, tiling)
     pv = product(values.transpose((1, 0)), s.p.transpose((1, 0)))
     if not shape.stored:
-        plgpu.barrier_arrive(s.v_free.at[slot])
+        plgpu.barrier_arrive(v_free)
     return acc * across(alpha, acc) + pv, m_new, l * across(alpha, l) + p
 
 
@@ -354,7 +442,7 @@ def scores(s: Scratch, queries, slot, scale, shape: Shape):
     plgpu.barrier_wait(s.k_full.at[slot])
     keys = operand(s.k.at[slot], s.k_free.at[slot], s, shape)
     x = product(keys, queries.transpose((1, 0)))
-    if not shape.stored:
+    if not shape.stored and s.v_free:
         plgpu.barrier_arrive(s.k_free.at[slot])
     if shape.cap is None:
         return x * factor(scale * LOG2E, x)
@@ -407,22 +495,6 @@ def across(column, like):
     return lax.broadcast_in_dim(column, like.shape, [1])
 
 
-REDUCTION = 1024  # bytes a warpgroup needs to reduce across its warps
-
-
-def apart(consumers, wg, nth: int = 0) -> None:
-    """Runs `consumers[w]` on warpgroup `w`, each where its reductions across warps have memory of their own.
-
-    Pallas places a reduction's scratch just past what is allocated where it stands, which is the same place in every
-    warpgroup (jax 0.11.2): two that reduce at once corrupt each other. So each stands inside one allocation more than
-    the one before it. All warpgroups enter all allocations first, since to enter one is a barrier of the whole CTA.
-    """
-    if nth + 1 < len(consumers):
-        pad = plgpu.SMEM((REDUCTION,), jnp.int8)
-        pl.run_scoped(lambda _: apart(consumers, wg, nth + 1), pad, collective_axes="wg")
-    pl.when(wg == nth)(consumers[nth])
-
-
 # ------------------------------------------------------------------ output
 
 
@@ -441,14 +513,11 @@ def normalised(acc, m, l, sink, owned):
 
 
 def write_answer(
-    item: Item, acc, m, l, outs: Outputs, sinks_ref, s: Scratch, shape: Shape, tiling: Tiling
+    item: Item, acc, m, l, outs: Outputs, sink, s: Scratch, shape: Shape, tiling: Tiling
 ) -> None:
     """The row's answer for one kv head; nobody's rows, of no keys, become zeros."""
     head = lax.rem(item.index, I32(shape.kv_heads))
-    first, before = heads_at(head, shape)
-    sink = None
-    if sinks_ref is not None:
-        sink = plgpu.load(sinks_ref.at[pl.ds(first, shape.columns)], layout=COLUMNS, optimized=False)
+    _, before = heads_at(head, shape)
     out, lse = normalised(acc, m, l, sink, item.owner != 0)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the item before
     s.out.transpose((1, 0))[...] = out.astype(shape.dtype)
@@ -498,18 +567,14 @@ def attend(
         unit_refs = None if units is None else Listed(rest.pop(0), rest.pop(0))
         head_refs = heads.of(rest)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
-        workers = rest
+        (s,) = rest
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-        registers = {1: (232, 56), 2: (224, 56), 3: (152, 56), 4: (104, 64)}[tiling.workers]
+        registers = {1: (232, 72), 2: (216, 72), 3: (152, 56), 4: (104, 64)}[tiling.workers]
 
-        def consumer(s):
-            def run():
-                plgpu.set_max_registers(registers[0], action="increase")
-                consume(outs, head_refs, s, shape, tiling)
-
-            return run
-
-        apart([consumer(s) for s in workers], wg)
+        @pl.when(wg < tiling.workers)
+        def _():
+            plgpu.set_max_registers(registers[0], action="increase")
+            consume(outs, head_refs, s.of(wg, tiling), shape, tiling)
 
         @pl.when(wg == tiling.workers)
         def _():
@@ -517,23 +582,21 @@ def attend(
 
             @plgpu.warp_map
             def _(warp):
-                for w, s in enumerate(workers):
-
-                    @pl.when(warp == w)
-                    def _(w=w, s=s):
-                        produce(
-                            cta + w * tiling.ctas, q_ref, kv_ref, meta_refs, unit_refs, s, shape, tiling
-                        )
+                @pl.when(warp < tiling.workers)
+                def _():
+                    mine = s.of(warp, tiling)
+                    produce(cta + warp * tiling.ctas, q_ref, kv_ref, meta_refs, unit_refs, mine, shape, tiling)
 
     results = plgpu.kernel(
         body,
         out_type=tuple(t for t in types if t is not None),
-        scratch_types=(scratch_types(shape, tiling),) * tiling.workers,
+        scratch_types=(scratch_types(shape, tiling),),
         grid=(tiling.ctas,),
         grid_names=("cta",),
         num_threads=tiling.workers + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION),
+        # Safe: `commit_smem` or a reduction's barrier parts every write of shared memory from other warps' reads of it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name="rpa_decode",
     )(q, kv_pages, *meta, *(units or ()), *heads.present)
     results = list(results)

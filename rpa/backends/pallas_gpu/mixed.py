@@ -48,7 +48,7 @@ def attend(
         scalars = Heads(rest.pop(0) if sinks is not None else None)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
         s, d = rest
-        s = prefill_work.unpacked(s, tiling)
+        s, d = prefill_work.unpacked(s, tiling), d.of(0, decoding)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
         @pl.when(wg == 3)
@@ -86,7 +86,7 @@ def attend(
         grid_names=("cta",),
         num_threads=4,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=decode.REDUCTION),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="rpa_mixed",
     )(*args)
     results = list(results)

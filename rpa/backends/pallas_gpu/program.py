@@ -81,10 +81,10 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     # So little that time is latency: wide blocks, and splits of one. One row of 1k, 8 kv heads: 7.1 us, 9.0 with splits
     # of 256 keys in blocks of 64. Eight rows: 14.2, 15.4 by three workers.
     few = usual_shape and items <= ctas and items * span <= 1 << 17
-    # Short rows for every SM, or rows past counting, are best not split. 64 rows of 1k: 67.7 us, 76.4 in halves; 256 of
-    # 8k: 1929, 2060 in splits; 64 of 8k on pages of 128: 475, 487 in splits, but on pages of 16 498 either way.
+    # Short rows for every SM, or rows past counting, are best not split, unless that leaves SMs idle. 64 rows of 1k:
+    # 67.7 us, 76.4 in halves; 256 of 8k: 1929, 2060 in splits; 64 of 8k on pages of 16: 480, 484 in three splits.
     short = usual_shape and not few and span <= 2048 and 8 * items >= 7 * ctas
-    many = usual_shape and items > 2 * ctas and (shape.page >= 128 or items >= 8 * ctas or span > 8192)
+    many = usual_shape and items > 2 * ctas and 10 * items >= 9 * each * ctas
     usual = usual_workers(shape, span, each)
     if few or short or many:
         usual = 1 if few else each if short and each <= 4 else 2
@@ -96,8 +96,11 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     else:
         chunk = split(span, items, workers * ctas, block, config)
     one = decode.Tiling(rows, block, 1, chunk, -(-span // chunk), workers, ctas)
-    several = range(config.option("decode_stages", 8), 0, -1)
-    fits = (n for n in several if workers * worker_memory(shape, one._replace(stages=n)) <= SMEM)
+    most = 8
+    if chunk >= span and chunk <= 4 * block and span <= 16 * piece(shape.page, block):
+        one, most = one._replace(short=True, joint=not shape.stored), max(2, chunk // block)
+    several = range(config.option("decode_stages", most), 0, -1)
+    fits = (n for n in several if decode_memory(shape, one._replace(stages=n)) <= SMEM)
     stages = next(fits, 0)
     if not stages:
         asked = f"cfg.options 'workers'={workers}, 'decode_block'={block}"
@@ -108,8 +111,8 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
 def usual_workers(shape: Shape, span: int, each: int) -> int:
     """Warpgroups a CTA with `each` items: a fourth is worth 6 % at head size 64 on long rows.
 
-    Measured: 256 rows of a window of 128 keys 27.8 us by two and 31.0 by three, 8 rows 4.6 by one and 5.9 by three; 64
-    rows of 8k on int8 431 by two and 522 by three, on e4m3 390 and 358.
+    Measured: 256 rows of a window of 128 keys 22.6 us by two, 23.7 by three, 23.4 by four, and 64 rows 9.1, 9.3, 9.9;
+    64 rows of 8k on int8 431 by two and 522 by three, on e4m3 390 and 358.
     """
     if shape.head_dim > 128:
         return 1
@@ -147,9 +150,9 @@ def span_of(shape: Shape, block: int) -> int:
     return shape.capacity if shape.window is None else min(shape.capacity, shape.window + piece(shape.page, block) - 1)
 
 
-def worker_memory(shape: Shape, tiling: decode.Tiling) -> int:
-    """Bytes of shared memory of one decode worker: its scratch, and room for its reductions (`decode.apart`)."""
-    return footprint(decode.scratch_types(shape, tiling)) + decode.REDUCTION
+def decode_memory(shape: Shape, tiling: decode.Tiling) -> int:
+    """Bytes of shared memory of a CTA's decode workers."""
+    return footprint(decode.scratch_types(shape, tiling))
 
 
 def footprint(scratch: Any) -> int:
@@ -254,6 +257,6 @@ def fused_program(
     splits = -(-span // chunk)
     decoding = decode.Tiling(sequences, 64, 8, chunk, splits, 1, ctas, singles=True, lanes=not interpreted)
     free = SMEM - footprint(prefill_work.scratch_types(shape, tiling))
-    fits = (n for n in range(8, 0, -1) if worker_memory(shape, decoding._replace(stages=n)) <= free)
+    fits = (n for n in range(8, 0, -1) if decode_memory(shape, decoding._replace(stages=n)) <= free)
     stages = next(fits, 0)
     return Program(decoding._replace(stages=stages), tiling, fused=True) if stages else None

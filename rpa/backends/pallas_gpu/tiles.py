@@ -139,14 +139,32 @@ def drain(slots: int, uses, *barriers) -> None:
                 plgpu.barrier_wait(barrier.at[slot])
 
 
-def halved(x, axis: int):
+def down(op: str, x, scratch_ref, lanes: bool):
+    """The maximum ("max") or sum ("sum") of each column of `x` f32 [64 * m, N]; `scratch_ref` is f32 [256 or more].
+
+    Pallas reduces across warps in memory that is the same for every warpgroup that runs the same code (jax 0.11.2):
+    two at once corrupt each other. So a warpgroup names its own; the interpreter, not `lanes`, has no such memory.
+    """
+    if not lanes:
+        return x.max(axis=0) if op == "max" else x.sum(axis=0)
+    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, layout=plgpu.Layout.WGMMA.reduce(0))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
+    def reduce(_, x, scratch):
+        return x.reduce("add" if op == "sum" else op, 0, scratch)
+
+    return reduce(x, scratch_ref)
+
+
+def halved(x, axis: int, most=None):
     """(bfloat16 queries as float16, what a product with them is to be multiplied by), exact where it matters.
 
     Each query, along `axis`, is brought just below float16's greatest by a power of two. So what lies 2**32 below its
     own greatest number, where float16 has fewer bits than bfloat16, loses less than 2**-38 of that.
     """
     x = x.astype(jnp.float32)
-    top = lax.bitcast_convert_type(jnp.abs(x).max(axis=axis), jnp.int32)
+    top = jnp.abs(x).max(axis=axis) if most is None else most(jnp.abs(x))
+    top = lax.bitcast_convert_type(top, jnp.int32)
     exponent = jnp.clip(lax.shift_right_logical(top, 23), 28, 254)  # of the greatest, biased
     up, down = (lax.bitcast_convert_type(e << 23, jnp.float32) for e in (268 - exponent, exponent - 14))
     return (x * lax.broadcast_in_dim(up, x.shape, [1 - axis])).astype(jnp.float16), down
