@@ -89,6 +89,13 @@ KERNELS: dict[str, Callable[[], Case]] = {
         (1, 1), (190, 33), SMALL, dtype="float16", kv_dtype="float8_e5m2", compute_dtype="float16", **SCALES
     ),
     "prefill": lambda: build((70, 9), (130, 9), TILED, **BF16),
+    # Head sizes whose products run ahead: three warpgroups on a tile, and two.
+    "prefill_three": lambda: build(
+        (150, 9), (300, 9), dataclasses.replace(SMALL, rows=160, q_heads=2, kv_heads=1, pages_per_seq=40), **BF16
+    ),
+    "prefill_pair": lambda: build(
+        (70, 9), (300, 9), dataclasses.replace(TILED, head_dim=128, page=64, pages_per_seq=6), **BF16
+    ),
     "prefill_edges": lambda: build((70, 9), (130, 9), TILED, **EDGES, **BF16),
     "prefill_fp8": lambda: louder(
         build((70, 9), (190, 9), FED, kv_dtype="float8_e4m3fn", sliding_window=128, sinks=True, **SCALES, **BF16)
@@ -240,7 +247,12 @@ def prove_rows() -> None:
 
     find = jax.jit(found, static_argnums=1)
     plans = jax.jit(lambda i, shape: plan.row_owners(plan.owners(i, shape), 40), static_argnums=1)
-    fill = jax.jit(lambda i, shape: plan.fills(plan.owners(i, shape)), static_argnums=1)
+    tiling = prefill_work.Tiling(1, 64, 2, 1)
+
+    def listed(inputs, shape):
+        return plan.prefill_tiles(plan.owners(inputs, shape), shape, tiling, 1).told
+
+    tell = jax.jit(listed, static_argnums=1)
     for inputs, shape in layouts(42):
         owner, sequence, position = expected(inputs, shape)
         planned = np.asarray(plans(inputs, shape))
@@ -252,17 +264,18 @@ def prove_rows() -> None:
         assert (np.asarray(row.position) == position)[owner == 1].all(), (row.position, position)
         assert (np.asarray(row.position) == -1)[np.asarray(row.owner) != 1].all()
         assert (np.asarray(row.sequence) == sequence)[owner == 1].all()
-        fills = [np.asarray(x) for x in fill(inputs, shape)]
+        told = np.asarray(tell(inputs, shape))
+        _, (start, stop, after, bad) = prefill_work.told(told, 4)
         zero, nan = np.zeros(40, bool), np.zeros(40, bool)
-        zero[: fills[0][0]] = zero[fills[2][0] :] = True
-        for start, stop in zip(*fills[:2], strict=True) if fills[3][0] else ():
-            nan[start:stop] = True
-        assert (zero == (owner == 0)).all(), (fills, owner)
-        assert (nan == (owner == 2)).all(), (fills, owner)
+        zero[: start[0]] = zero[after[0] :] = True
+        for s in range(4) if bad[0] else ():
+            nan[start[s] : stop[s]] = True
+        assert (zero == (owner == 0)).all(), (told, owner)
+        assert (nan == (owner == 2)).all(), (told, owner)
 
 
 def prove_tiles() -> None:
-    """Prefill tiles hold every row of every sequence they serve once, with its position, most keys first."""
+    """Prefill tiles hold every row of every sequence they serve once, with its position."""
 
     def listed(inputs, shape, tiling, shortest):
         return plan.prefill_tiles(plan.owners(inputs, shape), shape, tiling, shortest)
@@ -273,20 +286,58 @@ def prove_tiles() -> None:
             small = dataclasses.replace(shape, window=None)
             tiling = prefill_work.Tiling(1, 64, 2, 1)
             tiling = tiling._replace(tiles=plan.tile_bound(small, 4, tiling.tokens(small), shortest))
-            count, fields = find(inputs, small, tiling, shortest)
+            told, fields = find(inputs, small, tiling, shortest)
             owner, sequence, position = expected(inputs, small)
             lengths = np.bincount(sequence[owner == 1], minlength=4)
             served = (owner == 1) & (lengths[sequence] >= shortest)
-            seen, last = np.zeros(40, int), 2**30
-            for token8, begin, end, first, s in np.asarray(fields).T[: int(count[-1])]:
+            seen = np.zeros(40, int)
+            for token8, begin, end, first, s, dirty in np.asarray(fields).T[: int(told[3])]:
                 for row in range(begin, end):
                     token = token8 * 8 + row
                     seen[token] += 1
                     assert s == sequence[token]
                     assert max(first + row, -1) == position[token]
-                assert first + end <= last, "tiles are not in order"
-                last = first + end
+                # Slots past the context lie in the last page that is loaded.
+                assert dirty == (-(-(first + end) // 8) * 8 > int(inputs.context_lens[s]))
             assert (seen == served).all(), (seen, served)
+
+
+def owners_of(lengths, contexts) -> plan.Owners:
+    """Valid sequences of so many query rows, one after the other."""
+    stop, one = np.cumsum(lengths), np.ones(len(lengths), bool)
+    return plan.Owners(*map(jnp.asarray, (stop - lengths, stop, contexts, one, one, stop[-1], max(contexts))))
+
+
+def prove_order() -> None:
+    """Every tile is dealt once for each pair of heads; those near one another share keys, and CTAs are even."""
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        count, heads = int(random.integers(1, 9)), int(random.choice([1, 2, 6, 8]))
+        lengths = random.integers(1, 3000, count)
+        contexts = lengths + random.integers(0, 30000, count) * (seed % 3 > 0)
+        shape = tiles.Shape(
+            tokens=int(lengths.sum()), q_heads=4 * heads, kv_heads=heads, head_dim=128, page=16, pages=9,
+            table_width=3000, dtype="bfloat16", scale=0.1, cap=None, window=None,
+        )  # fmt: skip
+        tiling = prefill_work.Tiling(plan.tile_bound(shape, count, 64, 1), 128, 2, 13)
+        told, fields = (np.asarray(x) for x in plan.prefill_tiles(owners_of(lengths, contexts), shape, tiling, 1))
+        total, pairs = int(told[count - 1]), 2 * heads
+        told_of = jnp.asarray(told[: count + 2])
+        place = jax.vmap(functools.partial(prefill_work.place_of, count_ref=told_of, shape=shape, tiling=tiling))
+        tile, pair = (np.asarray(x) for x in place(jnp.arange(total * pairs)))
+        assert len(set(zip(tile.tolist(), pair.tolist(), strict=True))) == total * pairs
+        assert tile.max() < total
+        assert pair.max() < pairs
+        keys = (fields[3] + fields[2])[tile]
+        dealt = [[], *([] for _ in range(12))]
+        for i, k in enumerate(keys):
+            turn, at = divmod(i, 13)
+            dealt[at if turn % 2 == 0 else 12 - at].append(k)
+        loads = [sum(x) for x in dealt]
+        assert max(loads) <= 1.1 * np.mean(loads) + keys.max(), (seed, loads)
+        at_once = int(told[count])
+        assert (np.diff(pair // at_once) >= 0).all(), "a group of heads comes twice"
+        assert at_once == 2 or contexts.max() * at_once // 2 * 512 <= tiling.near << 20, "a group has no room"
 
 
 def prove_lanes() -> None:
@@ -439,6 +490,7 @@ def prove_stray() -> None:
 PROOFS: dict[str, Callable[[], None]] = {
     "rows": prove_rows,
     "tiles": prove_tiles,
+    "order": prove_order,
     "items": prove_items,
     "lanes": prove_lanes,
     "places": prove_places,

@@ -13,15 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Bytes of spill stores a kernel may have; the rest may have none.
 SPILLED = {
+    "prefill": 96,  # what lives across tiles, outside the loop over a tile's whole blocks; as of "prefill_240"
     "prefill_256": 96,
-    "prefill_240": 400,
+    "prefill_240": 420,
     "prefill_window": 32,
     "mixed": 32,
     "mixed_odd": 64,  # prefill blocks of 128 keys beside a decode role: 48 bytes, and 7 % faster
     "mixed_group_25": 32,
 }
 # Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
-LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 5, "mixed": 13}
+LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 4, "mixed": 15}
 
 pytestmark = [
     pytest.mark.cuda_plugin,

@@ -21,6 +21,8 @@ CAUGHT_BY = {
     "k_scale_head0": "decode_e5m2", "widened_unfenced": "decode_e5m2",
     "converted_unwaited": "prefill_fp8", "converted_over": "prefill_fp8", "v_scale_last": "prefill_fp8",
     "places_unequal": "places", "unit_forgotten": "decode_fp8",
+    "values_of_next": "prefill_pair", "dead_values": "tiles", "heads_dealt_twice": "order",
+    "scores_unawaited": "prefill_three",
     "halved_unfenced": "prefill_fp8", "joined_at_sequence": "mixed_splits",
 }  # fmt: skip
 FAST = ("split_floor", "lanes_prefix")

@@ -71,7 +71,7 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
     if missing:
         q = jnp.pad(q, ((0, missing), (0, 0), (0, 0)))
     heads, with_lse = Heads(sinks, inputs.k_scale, inputs.v_scale), signature.return_lse
-    listed = (work.through, work.tiles, plan.fills(own))
+    listed = (work.told, work.tiles)
     alone = (q, inputs.kv_pages, meta.tables, *listed, heads, shape, todo.prefill, with_lse)
     if todo.decode is None:
         output, lse = prefill.attend(*alone)

@@ -23,7 +23,7 @@ from rpa.backends.pallas_gpu.tiles import Heads, Shape
 
 
 def attend(
-    q, kv_pages, meta: Metadata, count, tiles, fills, sinks, shape: Shape, tiling: prefill_work.Tiling, units,
+    q, kv_pages, meta: Metadata, count, tiles, sinks, shape: Shape, tiling: prefill_work.Tiling, units,
     decoding: decode.Tiling, with_lse: bool,
 ):  # fmt: skip
     """`prefill.attend` on the listed tiles, `decode.attend` on the listed units: (output, lse or None, parts).
@@ -43,7 +43,7 @@ def attend(
         q_ref, kv_ref, *rest = refs
         meta_refs = Metadata(*(rest.pop(0) for _ in Metadata._fields))
         count_ref, tiles_ref = rest.pop(0), rest.pop(0)
-        fill_refs = type(fills)(*(rest.pop(0) for _ in fills))
+        count_ref, fill_refs = prefill_work.told(count_ref, meta.tables.shape[0])
         unit_refs = decode.Listed(rest.pop(0), rest.pop(0))
         scalars = Heads(rest.pop(0) if sinks is not None else None)
         outs = Outputs(*(None if t is None else rest.pop(0) for t in types))
@@ -57,12 +57,15 @@ def attend(
 
             @plgpu.warp_map
             def _(warp):
-                @pl.when(warp == 0)
-                def _():
-                    tables_ref = meta_refs.tables
-                    prefill.produce(cta, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s, shape, tiling)
+                warps = [(0,), (1,)] if tiling.apart else [(0, 1)]
+                for w, streams in enumerate(warps):
 
-                @pl.when(warp == 1)
+                    @pl.when(warp == w)
+                    def _(streams=streams):
+                        work = meta_refs.tables, count_ref, tiles_ref
+                        prefill.produce(streams, cta, q_ref, kv_ref, *work, s, shape, tiling)
+
+                @pl.when(warp == len(warps))
                 def _():
                     decode.produce(cta, q_ref, kv_ref, meta_refs, unit_refs, d, shape, decoding)
 
@@ -77,7 +80,7 @@ def attend(
             prefill.consume(wg, cta, count_ref, tiles_ref, scalars, outs.output, outs.lse, s, shape, tiling)
             pl.when(wg == 0)(lambda: prefill.fill(cta, fill_refs, outs.output, s, shape, tiling))
 
-    args = [q, kv_pages, *meta, count, tiles, *fills, *units] + ([] if sinks is None else [sinks])
+    args = [q, kv_pages, *meta, count, tiles, *units] + ([] if sinks is None else [sinks])
     results = plgpu.kernel(
         body,
         out_type=tuple(t for t in types if t is not None),

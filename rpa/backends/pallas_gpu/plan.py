@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rpa.backends.pallas_gpu import decode, prefill_work
-from rpa.backends.pallas_gpu.tiles import Shape, piece
+from rpa.backends.pallas_gpu.tiles import Shape, ceil_div, first_key, piece
 from rpa.signature import Inputs
 
 
@@ -25,13 +25,15 @@ class Owners(NamedTuple):
     context: jax.Array  # i32 [S]
     valid: jax.Array  # bool [S]; an invalid sequence's rows are NaN
     live: jax.Array  # bool [S]
+    after: jax.Array  # i32, query rows from here on belong to nobody
+    longest: jax.Array  # i32, no valid sequence has a longer context
 
 
 class Tiles(NamedTuple):
-    """The prefill list, longest first."""
+    """The prefill list, in the order it is dealt in."""
 
-    through: jax.Array  # i32 [S], tiles of each sequence and those before it: the last is how many there are
-    tiles: jax.Array  # i32 [5 or more, tiles], see `prefill_work.item_at`
+    told: jax.Array  # i32, what `prefill_work.told` finds in it
+    tiles: jax.Array  # i32 [6, tiles], see `prefill_work.item_of`
 
 
 def owners(inputs: Inputs, shape: Shape) -> Owners:
@@ -43,11 +45,13 @@ def owners(inputs: Inputs, shape: Shape) -> Owners:
     end = jnp.where(live, inputs.query_start_loc[1:], 0)
     context = jnp.where(live, inputs.context_lens, 0)
     earlier = index[None, :] <= index[:, None]
-    start = jnp.clip(jnp.max(jnp.where(earlier, begin[None, :], 0), axis=1), 0, total)
+    tops = [jnp.max(jnp.where(earlier, x[None, :], 0), axis=1) for x in (begin, end, context)]
+    start, after = jnp.clip(tops[0], 0, total), jnp.clip(jnp.maximum(tops[0][-1], tops[1][-1]), 0, total)
     stop = jnp.clip(end, start, total)
     valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= shape.capacity)
     valid &= ~astray(inputs.block_tables, begin, end, context, shape)
-    return Owners(start, jnp.where(live, stop, start), context, valid, live)
+    longest = jnp.minimum(tops[2][-1], shape.capacity)
+    return Owners(start, jnp.where(live, stop, start), context, valid, live, after, longest)
 
 
 def astray(tables, begin, end, context, shape: Shape):
@@ -74,12 +78,17 @@ def tile_bound(shape: Shape, sequences: int, tokens: int, shortest: int) -> int:
 
 
 def prefill_tiles(own: Owners, shape: Shape, tiling: prefill_work.Tiling, shortest: int) -> Tiles:
-    """The tiles of every sequence of at least `shortest` tokens, those with the most keys first."""
+    """The tiles of every sequence of at least `shortest` tokens, in an order for the cache and for balance.
+
+    Tiles at work at one time should find their keys in the last-level cache: some heads of some sequences make a group
+    of about `tiling.near` MiB. Within a group those with the most keys come first, in every other group last, so that
+    the list dealt back and forth leaves every CTA about as much to do; the last group ends with the fewest.
+    """
     tokens, s = tiling.tokens(shape), own.start.shape[0]
-    serves = own.live & own.valid & (own.stop - own.start >= shortest)
+    serves, bad = own.live & own.valid & (own.stop - own.start >= shortest), own.live & ~own.valid
     first = own.start // 8 * 8
     needed = jnp.where(serves, (own.stop - first + tokens - 1) // tokens, 0)
-    through = through_each(needed)
+    through, keys_through, bad_through = map(through_each, (needed, jnp.where(serves, own.context, 0), bad))
     tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
     sequence = jnp.minimum(owner_of(tile, through), s - 1)
     first, last, start, stop, context = (x[sequence] for x in (first, through, own.start, own.stop, own.context))
@@ -87,18 +96,50 @@ def prefill_tiles(own: Owners, shape: Shape, tiling: prefill_work.Tiling, shorte
     token = first + (last - 1 - tile) * tokens
     begin, end = jnp.maximum(start - token, 0), jnp.minimum(stop - token, tokens)
     position = context - stop + token
-    keys = jnp.where(tile < through[-1], -(position + end), 2**30)
-    # One array, so that one kernel writes it.
-    fields = lax.optimization_barrier(jnp.stack([token // 8, begin, end, position, sequence, keys]))
-    if s > 1 and (shape.window is None or shape.window > 16 * tiling.block):
-        fields = sorted_by(fields[5], fields[:5])
-    return Tiles(through, fields)
+    dirty = unclean(position, begin, end, context, context - stop + start, shape, tiling)
+    fields = [token // 8, begin, end, position, sequence, dirty]
+    heads, groups = jnp.int32(shape.kv_heads), jnp.int32(1)
+    if prefill_work.grouped(shape, tiling):
+        group = jnp.zeros_like(keys_through)
+        if shape.window is None:
+            room = (tiling.near << 20) // (2 * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize)  # keys of a head
+            heads = heads_at_once(room, own.longest, shape.kv_heads)
+            group = jnp.maximum(keys_through - 1, 0) // jnp.maximum(room // heads, 1)
+        groups = group[-1] + 1
+        if s > 1:
+            keys, group = position + end, jnp.where(tile < through[-1], group[sequence], 2**30)
+            keys = jnp.where((groups - 1 - group) & 1 == 0, -keys, keys)
+            # One array, so that one kernel writes it.
+            fields = sorted_by(*lax.optimization_barrier(jnp.stack([group, keys, *fields])))
+    pairs = heads * (shape.group // tiling.heads(shape))
+    fills = own.start, jnp.where(bad, own.stop, own.start), own.after[None], bad_through[-1:]
+    told = jnp.concatenate([through, jnp.stack([pairs, groups & 1]), *fills])
+    return Tiles(told.astype(jnp.int32), jnp.stack(fields) if isinstance(fields, list) else fields)
+
+
+def heads_at_once(room: int, context, kv_heads: int):
+    """How many kv heads' keys of one sequence have room, a divisor of all of them; one at least."""
+    heads = jnp.int32(1)
+    for several in (n for n in range(2, kv_heads + 1) if kv_heads % n == 0):
+        heads = jnp.where(context <= room // several, several, heads)
+    return heads
+
+
+def unclean(position, begin, end, context, first, shape: Shape, tiling: prefill_work.Tiling):
+    """Whether blocks of a tile hold slots that no row of its sequence sees: 1 past the context, 2 before the window."""
+    run = piece(shape.page, tiling.block)
+    past = (ceil_div(position + end, run) * run > context).astype(jnp.int32)
+    if shape.window is None:
+        return past
+    _, base = first_key(position + begin, shape.window, tiling.block)
+    return past + 2 * (base < first - (shape.window - 1))
 
 
 def through_each(counts):
-    """Sums of counts up to and including each."""
-    index = jnp.arange(counts.shape[0])
-    return jnp.sum(jnp.where(index[None, :] <= index[:, None], counts[None, :], 0), axis=1, dtype=jnp.int32)
+    """Sums of counts [.., S] up to and including each."""
+    index = jnp.arange(counts.shape[-1])
+    earlier = index[None, :] <= index[:, None]
+    return jnp.sum(jnp.where(earlier, counts[..., None, :], 0), axis=-1, dtype=jnp.int32)
 
 
 def owner_of(nth, through):
@@ -106,32 +147,17 @@ def owner_of(nth, through):
     return jnp.sum(nth[:, None] >= through[None, :], axis=1, dtype=jnp.int32)
 
 
-def sorted_by(keys, fields):
-    """The columns of `fields` in ascending order of `keys`, equal ones in place."""
-    n = keys.shape[0]
+def sorted_by(first, second, *fields):
+    """The columns of `fields` in ascending order of `first`, then of `second`, equal ones in place."""
+    n, columns = first.shape[0], jnp.stack(fields)
     if n > 2048:
-        return fields[:, jnp.argsort(keys, stable=True)]
+        return columns[:, jnp.lexsort((second, first))]
     # Counting is two small kernels; a sort is several.
     index = jnp.arange(n)
-    tie = (keys[None, :] == keys[:, None]) & (index[None, :] < index[:, None])
-    rank = jnp.sum((keys[None, :] < keys[:, None]) | tie, axis=1, dtype=jnp.int32)
-    return jnp.sum(jnp.where(rank[None, None, :] == index[None, :, None], fields[:, None, :], 0), axis=2)
-
-
-class Fills(NamedTuple):
-    """Rows that no tile answers: zeroed where nobody's, NaN where an invalid sequence's."""
-
-    start: jax.Array  # i32 [S]; rows below the first belong to nobody
-    stop: jax.Array  # i32 [S], one past the rows to be filled with NaN; == start of a sequence that is none of these
-    after: jax.Array  # i32 [1], rows from here on belong to nobody
-    bad: jax.Array  # i32 [1], invalid sequences with rows
-
-
-def fills(own: Owners) -> Fills:
-    """With no live sequence every row is past the last."""
-    bad = own.live & ~own.valid
-    after, count = jnp.max(own.stop), jnp.sum(bad, dtype=jnp.int32)
-    return Fills(own.start, jnp.where(bad, own.stop, own.start), after[None], count[None])
+    tie = (second[None, :] == second[:, None]) & (index[None, :] < index[:, None])
+    within = (first[None, :] == first[:, None]) & ((second[None, :] < second[:, None]) | tie)
+    rank = jnp.sum((first[None, :] < first[:, None]) | within, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(rank[None, None, :] == index[None, :, None], columns[:, None, :], 0), axis=2)
 
 
 class Units(NamedTuple):

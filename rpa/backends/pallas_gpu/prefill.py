@@ -17,13 +17,15 @@ window of 128 (189 in blocks of 128 keys); blocks of 64 keys at head sizes 96 an
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu.prefill_fold import along, fold_all
+from rpa.backends.pallas_gpu.prefill_fold import Fold, along, fold_all
 from rpa.backends.pallas_gpu.prefill_work import (
     ROWS,
     SHARED,
@@ -35,6 +37,7 @@ from rpa.backends.pallas_gpu.prefill_work import (
     fed_ring,
     for_each_item,
     scratch_types,
+    told,
     unpacked,
 )
 from rpa.backends.pallas_gpu.tiles import (
@@ -55,53 +58,67 @@ from rpa.backends.pallas_gpu.tiles import (
 
 
 def produce(
-    team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling
-) -> None:
-    """The producer warp: both query tiles, then keys and values from the causal edge backwards."""
+    streams: tuple[int, ...], team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, s: Scratch, shape: Shape,
+    tiling: Tiling,
+) -> None:  # fmt: skip
+    """The producer warp: the queries of each tile and its `streams` (0: keys, 1: values), last blocks first."""
     heads = tiling.heads(shape)
+    fill = functools.partial(fill_slot, kv_ref=kv_ref, s=s, shape=shape, tiling=tiling)
 
     def body(item: Item, step, nth):
         run = piece(shape.page, tiling.block)
         last = lax.div(item.stop - 1, I32(run)) * run
 
-        def block(i, _):
-            key = item.base + (item.blocks - 1 - i) * tiling.block
-            fill_slot(item, key, last, step + i, kv_ref, tables_ref, s, shape, tiling)
+        def keys(i):
+            # Pieces past the last live one repeat it: its lines are in the L2, and what no row may see is masked.
+            key = item.base + (item.blocks - 1 - jnp.minimum(i, item.blocks - 1)) * tiling.block
+            return [jnp.maximum(jnp.minimum(key + j * run, last), 0) for j in range(tiling.block // run)]
 
+        def pages(i):
+            return [page_of(k, item.sequence, tables_ref, shape)[0] for k in keys(i)]
+
+        def block(i, found):
+            # Page ids are loaded a block ahead, so that their latency hides behind the waits for this one.
+            following = pages(i + 1) if tiling.fetch else found
+            places = list(zip(keys(i), found if tiling.fetch else pages(i), strict=True))
+            for which in streams:
+                fill(which, item.kv_head, step + i, places)
+            return following
+
+        found = pages(I32(0)) if tiling.fetch else I32(0)
+        if 0 not in streams:
+            lax.fori_loop(0, item.blocks, block, found)
+            return
         # Ring slots fall free before the queries' memory does, where it holds one tile: some blocks go first then.
         early = jnp.minimum(item.blocks, tiling.stages) if tiling.queries == 1 else I32(0)
         early = jnp.where(nth > 0, early, 0)
-        lax.fori_loop(0, early, block, None)
+        found = lax.fori_loop(0, early, block, found)
         held = lax.rem(nth, I32(tiling.queries))
         pl.when(nth >= tiling.queries)(lambda: plgpu.barrier_wait(s.q_free.at[held]))
-        for w in range(2):
+        for w in range(tiling.wgs):
             rows = pl.ds(item.token + (0 if heads == 2 else w * M), M)
             source = q_ref.at[rows, item.head + (w if heads == 2 else 0)]
-            plgpu.copy_gmem_to_smem(source, s.q.at[2 * held + w], s.q_full.at[2 * held + w])
-        lax.fori_loop(early, item.blocks, block, None)
+            place = tiling.wgs * held + w
+            plgpu.copy_gmem_to_smem(source, s.q.at[place], s.q_full.at[place])
+        lax.fori_loop(early, item.blocks, block, found)
 
     steps, nth = for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
-    drain(tiling.queries, nth, s.q_free)
-    drain(tiling.stages, steps, s.k_free, s.v_free)
+    if 0 in streams:
+        drain(tiling.queries, nth, s.q_free)
+        drain(tiling.stages + tiling.more, steps, s.k_free)
+    if 1 in streams:
+        drain(tiling.stages, steps, s.v_free)
 
 
-def fill_slot(
-    item: Item, key, last, step, kv_ref, tables_ref, s: Scratch, shape: Shape, tiling: Tiling
-) -> None:
-    """Copies the keys and values of one block, page by page, into the slot of `step`."""
-    run = piece(shape.page, tiling.block)
-    slot = lax.rem(step, I32(tiling.stages))
-    # Page ids are loaded before the wait, so that their latency hides behind it. Pieces past the last live one repeat
-    # it: its lines are in the L2, and the consumers zero what no row may see.
-    places = [
-        page_of(jnp.minimum(key + j * run, last), item.sequence, tables_ref, shape)[:2]
-        for j in range(tiling.block // run)
-    ]
-    for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full, s.v_free)):
-        pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-        for j, (page, offset) in enumerate(places):
-            source = kv_ref.at[page, pl.ds(offset, run), 2 * item.kv_head + which]
-            plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
+def fill_slot(which: int, kv_head, step, places, kv_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
+    """Copies the keys (`which` 0) or values of one block, page by page, into the slot of `step`."""
+    run, slot, stages = piece(shape.page, tiling.block), tiling.slots(step)[which], tiling.stages
+    stages += tiling.more * (1 - which)
+    ring, full, free = ((s.k, s.k_full, s.k_free), (s.v, s.v_full, s.v_free))[which]
+    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+    for j, (key, page) in enumerate(places):
+        source = kv_ref.at[page, pl.ds(lax.rem(key, I32(shape.page)), run), 2 * kv_head + which]
+        plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
 
 
 def convert(team, count_ref, tiles_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
@@ -138,7 +155,7 @@ def consume(
 
     def body(item: Item, step, nth):
         held = lax.rem(nth, I32(tiling.queries))
-        place = 2 * held + wg
+        place = tiling.wgs * held + wg
         ahead = 0 if heads == 2 else wg * M
         mine = item._replace(
             token=item.token + ahead,
@@ -148,6 +165,7 @@ def consume(
             head=item.head + (wg if heads == 2 else 0),
             scale=shape.scale if scalars.k_scale is None else shape.scale * scalars.k_scale[item.kv_head],
         )
+        sink = None if scalars.sinks is None else scalars.sinks[mine.head]  # loaded long before it is needed
         plgpu.barrier_wait(s.q_full.at[place])
         if shape.operands != shape.dtype:
             queries = lax.bitcast_convert_type(s.q.at[place][...], jnp.dtype(shape.dtype))
@@ -159,19 +177,29 @@ def consume(
             plgpu.layout_cast(jnp.full((M,), FLOOR, jnp.float32), ROWS),
             plgpu.layout_cast(jnp.zeros((M,), jnp.float32), ROWS),
         )
-        state = fold_all(wg, place, item, mine, step, state, s, shape, tiling)
+
+        def freed():
+            if tiling.memory != SHARED:
+                plgpu.barrier_arrive(s.q_free.at[held])
+
+        state = fold_all(Fold(wg, place, item, mine, step, s, shape, tiling), state, freed)
         if scalars.v_scale is not None:
             state = (state[0] * scalars.v_scale[item.kv_head], *state[1:])
         if tiling.memory != SHARED:
-            plgpu.barrier_arrive(s.q_free.at[held])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
         staged = place if tiling.memory == SHARED else wg
-        store(staged, mine, state, scalars.sinks, o_ref, lse_ref, s, shape)
+        store(staged, wg, mine, state, sink, o_ref, lse_ref, s, shape)
         if tiling.memory == SHARED:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(s.q_free.at[held])
 
+    # The first warpgroup's first turn; what is left of it when all is done is the last one's last.
+    taking = tiling.ahead and tiling.turns
+    if taking:
+        pl.when(wg == tiling.wgs - 1)(lambda: plgpu.barrier_arrive(s.turn.at[0]))
     for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
+    if taking:
+        pl.when(wg == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -192,12 +220,11 @@ def normalised(state, sink, shape: Shape):
     return acc * along(scale / l, acc), (top + jnp.log2(l)) / LOG2E
 
 
-def store(place, mine: Item, state, sinks_ref, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
+def store(place, wg, mine: Item, state, sink, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
     """Rows to memory: a full tile by one TMA, a partial one by its binary parts, so that no neighbour is touched."""
-    sink = None if sinks_ref is None else sinks_ref[mine.head]
     out, lse = normalised(state, sink, shape)
     out = lax.bitcast_convert_type(out.astype(shape.dtype), jnp.dtype(shape.operands))
-    rows, wg = mine.end - mine.begin, lax.rem(place, I32(2))
+    rows = mine.end - mine.begin
 
     def whole():
         s.out.at[place][...] = out
@@ -258,8 +285,8 @@ def put_rows(mine: Item, tail_ref, o_ref, shape: Shape) -> None:
 
 
 def fill(cta, fills, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
-    """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`plan.Fills`), each CTA its share."""
-    sequences, d = fills.start.shape[0], shape.head_dim
+    """Zeroes the rows of nobody, and gives those of invalid sequences NaN (`prefill_work.told`), each CTA its share."""
+    (first, last, after, bad), d = fills, shape.head_dim
     most = M if d % 64 == 0 else 1  # heads a copy
 
     def rows(first, stop, value):
@@ -280,54 +307,55 @@ def fill(cta, fills, o_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    rows(I32(0), fills.start[0], 0.0)
-    rows(fills.after[0], I32(shape.tokens), 0.0)
+    rows(I32(0), first[0], 0.0)
+    rows(after[0], I32(shape.tokens), 0.0)
 
-    @pl.when(fills.bad[0] > 0)
+    @pl.when(bad[0] > 0)
     def _():
-        @pl.loop(0, sequences)
+        @pl.loop(0, first.shape[0])
         def _(sequence):
-            rows(fills.start[sequence], fills.stop[sequence], jnp.nan)
+            rows(first[sequence], last[sequence], jnp.nan)
 
 
 # ------------------------------------------------------------------ the kernel of prefill alone
 
 
-def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shape, tiling: Tiling, with_lse: bool):
+def attend(q, kv_pages, tables, count, tiles, scalars: Heads, shape: Shape, tiling: Tiling, with_lse: bool):
     """[T, Hq, D] and, with `with_lse`, f32 [T, Hq] (only the rows of listed tiles).
 
     Args:
-        count: i32 [S], the last is how many tiles there are. tiles: i32 [5, tiles], see `item_at`.
-        fills: rows of nobody and of invalid sequences, `plan.Fills`.
+        count: i32, see `told`. tiles: i32 [6, tiles], see `item_of`.
         scalars: sinks and scales.
     """
 
     def body(*refs):
         q_ref, kv_ref, tables_ref, count_ref, tiles_ref, *rest = refs
-        fill_refs = type(fills)(*(rest.pop(0) for _ in fills))
+        count_ref, fill_refs = told(count_ref, tables.shape[0])
         scalar_refs = scalars.of(rest)
         o_ref = rest.pop(0)
         lse_ref = rest.pop(0) if with_lse else None
         teams = [unpacked(s, tiling) for s in rest]
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
-        @pl.when(wg == 2 * tiling.teams)
+        @pl.when(wg == tiling.wgs * tiling.teams)
         def _():
             plgpu.set_max_registers(tiling.registers[1], action="decrease")
 
             @plgpu.warp_map
             def _(warp):
                 for t, s in enumerate(teams):
+                    warps = [(0,), (1,)] if tiling.apart else [(0, 1)]
+                    for w, streams in enumerate(warps):
 
-                    @pl.when(warp == t)
-                    def _(t=t, s=s):
-                        team = cta + t * tiling.ctas
-                        fed, how = fed_ring(s, tiling)
-                        produce(team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fed, shape, how)
+                        @pl.when(warp == len(warps) * t + w)
+                        def _(t=t, s=s, streams=streams):
+                            team = cta + t * tiling.ctas
+                            fed, how = fed_ring(s, tiling)
+                            produce(streams, team, q_ref, kv_ref, tables_ref, count_ref, tiles_ref, fed, shape, how)
 
         if tiling.raw:
 
-            @pl.when(wg == 2 * tiling.teams + 1)
+            @pl.when(wg == tiling.wgs * tiling.teams + 1)
             def _():
                 left = 512 - 2 * tiling.registers[0] - tiling.registers[1]
                 plgpu.set_max_registers(left, action="decrease")
@@ -335,11 +363,11 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
 
         for t, s in enumerate(teams):
 
-            @pl.when((wg >= 2 * t) & (wg < 2 * t + 2))
+            @pl.when((wg >= tiling.wgs * t) & (wg < tiling.wgs * (t + 1)))
             def _(t=t, s=s):
                 plgpu.set_max_registers(tiling.registers[0], action="increase")
                 team = cta + t * tiling.ctas
-                consume(wg - 2 * t, team, count_ref, tiles_ref, scalar_refs, o_ref, lse_ref, s, shape, tiling)
+                consume(wg - tiling.wgs * t, team, count_ref, tiles_ref, scalar_refs, o_ref, lse_ref, s, shape, tiling)
                 if t == 0:
                     pl.when(wg == 0)(lambda: fill(cta, fill_refs, o_ref, s, shape, tiling))
 
@@ -348,16 +376,16 @@ def attend(q, kv_pages, tables, count, tiles, fills, scalars: Heads, shape: Shap
     outs = [jax.ShapeDtypeStruct((shape.tokens, shape.q_heads, shape.head_dim), bits)]
     if with_lse:
         outs.append(jax.ShapeDtypeStruct((shape.tokens, shape.q_heads), jnp.float32))
-    args = [lax.bitcast_convert_type(q, bits), kv_pages, tables, count, tiles, *fills, *scalars.present]
+    args = [lax.bitcast_convert_type(q, bits), kv_pages, tables, count, tiles, *scalars.present]
     results = plgpu.kernel(
         body,
         out_type=tuple(outs),
         scratch_types=(scratch_types(shape, tiling),) * tiling.teams,
         grid=(tiling.ctas,),
         grid_names=("cta",),
-        num_threads=2 * tiling.teams + 1 + (tiling.raw > 0),
+        num_threads=tiling.wgs * tiling.teams + 1 + (tiling.raw > 0),
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         kernel_name="rpa_prefill",
     )(*args)
     output = lax.bitcast_convert_type(results[0], jnp.dtype(shape.dtype))

@@ -3,14 +3,18 @@
 # pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPrivateImportUsage=false
 """The arithmetic of the prefill role: how one warpgroup folds the blocks of a tile into its running softmax.
 
-Blocks are folded from the causal edge backwards: the blocks that an edge cuts come first, masked and in step; the
-whole ones follow, where the two warpgroups take turns at the tensor cores, one in its softmax while the other
-multiplies.
+Blocks are folded from the causal edge backwards. Those that an edge cuts are masked. The whole ones between are folded
+in one of two ways. `ahead`: the scores of a block are multiplied together with the values of the one before, so that
+the tensor cores have work during a warpgroup's softmax; the warpgroups issue their products in turn (the order is
+FlashAttention-3's). Or one product after the other, two warpgroups in step, one in its softmax while the other
+multiplies: what head sizes past 128 and pages of 8 bits have registers for.
+A row's bits are the same whichever way a block is folded that it sees whole, or not at all.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,149 +25,237 @@ from rpa.backends.pallas_gpu.prefill_work import WG, Item, M, Scratch, Tiling
 from rpa.backends.pallas_gpu.tiles import I32, LOG2E, Shape, ceil_div, zero_unseen
 
 
-def fold_all(wg, place, item: Item, mine: Item, step, state, s: Scratch, shape: Shape, tiling: Tiling):
-    """Folds every block of the tile: the cut ones at the causal edge, the whole ones, those the window cuts."""
-    b = tiling.block
-    # Blocks from `whole_end` on hold keys that the first row must not see; below `whole_start`, that the last must not.
-    whole_end = jnp.minimum(
-        lax.div(jnp.maximum(item.position + item.begin + 1 - item.base, 0), I32(b)), item.blocks
-    )
-    whole_start = I32(0)
-    if shape.window is not None:
-        unseen = jnp.maximum(item.position + item.end - shape.window - item.base, 0)
-        whole_start = jnp.minimum(ceil_div(unseen, b), item.blocks)
-    whole_end = jnp.maximum(whole_end, whole_start)
-    first, second = item.blocks - whole_end, item.blocks - whole_start  # in folding order
-    fold = functools.partial(fold_block, wg, place, item, mine, step, s=s, shape=shape, tiling=tiling)
+class Fold(NamedTuple):
+    """One warpgroup's share of a tile."""
+
+    wg: Any  # of its team
+    place: Any  # of its queries
+    item: Item  # the team's
+    mine: Item  # the same with this warpgroup's rows
+    step: Any  # ring slots used before
+    s: Scratch
+    shape: Shape
+    tiling: Tiling
+
+    def slots(self, i) -> tuple:
+        """Where the keys and the values of the `i`th block are."""
+        return self.tiling.slots(self.step + i)
+
+    def key(self, i):
+        """The first key of the `i`th block."""
+        return self.item.base + (self.item.blocks - 1 - i) * self.tiling.block
+
+
+def fold_all(f: Fold, state, freed):
+    """Folds every block of the tile into (acc [M, D], m [M], l [M]); `freed()` once the queries are read no more."""
+    item, shape, tiling = f.item, f.shape, f.tiling
+    first, second = whole_blocks(f, item)
     # A long window and the causal edge never cut one block both: then each is looked at where it cuts.
-    apart = shape.window is not None and shape.window >= tiling.tokens(shape) + b - 1
-    state = lax.fori_loop(0, first, functools.partial(fold, cut="causal" if apart else "both"), state)
+    apart = shape.window is not None and shape.window >= tiling.tokens(shape) + tiling.block - 1
+    edge, far = ("causal", "window") if apart else ("both", "both")
+    fold = functools.partial(fold_block, f)
     if tiling.ahead:
-        state = fold_ahead(place, mine.scale, step, first, second, state, s, shape, tiling)
+        skipped = I32(0)
+        if shape.window is None:  # each warpgroup from its own edge on
+            first, second = whole_blocks(f, f.mine)
+            seen = jnp.where(f.mine.end > f.mine.begin, f.mine.position + f.mine.end - item.base, 0)
+            skipped = item.blocks - jnp.minimum(ceil_div(jnp.maximum(seen, 0), tiling.block), item.blocks)
+            lax.fori_loop(0, skipped, functools.partial(skip, f), None)
+        # The pipeline starts at the last of the cut blocks, masked, unless one of these has values to be cleaned.
+        clean = item.dirty == 0
+        begin = jnp.maximum(first - jnp.where(clean, 1, 0), skipped)
+        second = jnp.where(clean, jnp.maximum(second, jnp.minimum(begin + 1, item.blocks)), second)
+        state = lax.fori_loop(skipped, begin, functools.partial(fold, cut=edge), state)
+        state = fold_ahead(f, begin, second, state, edge, freed)
     else:
+        state = lax.fori_loop(0, first, functools.partial(fold, cut=edge), state)
         if tiling.turns:
-            pl.when(wg == 1)(lambda: take_turn(s))
+            pl.when(f.wg == 1)(lambda: meet(f.s))
         state = lax.fori_loop(first, second, functools.partial(fold, cut=""), state)
         if tiling.turns:
-            pl.when(wg == 0)(lambda: take_turn(s))
+            pl.when(f.wg == 0)(lambda: meet(f.s))
     if shape.window is not None:
-        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut="window" if apart else "both"), state)
+        state = lax.fori_loop(second, item.blocks, functools.partial(fold, cut=far), state)
+    if not tiling.ahead or shape.window is not None:
+        freed()
     return state
 
 
-def take_turn(s: Scratch) -> None:
+def whole_blocks(f: Fold, rows: Item) -> tuple:
+    """The blocks, in folding order, that every one of these rows sees whole: from the first of both to the second."""
+    item, b = f.item, I32(f.tiling.block)
+    end = jnp.minimum(lax.div(jnp.maximum(rows.position + rows.begin + 1 - item.base, 0), b), item.blocks)
+    start = I32(0)
+    if f.shape.window is not None:
+        unseen = jnp.maximum(rows.position + rows.end - f.shape.window - item.base, 0)
+        start = jnp.minimum(ceil_div(unseen, f.tiling.block), item.blocks)
+    return item.blocks - jnp.maximum(end, start), item.blocks - start
+
+
+# ------------------------------------------------------------------ whose turn it is
+
+
+def meet(s: Scratch) -> None:
+    """Two warpgroups in step: neither goes on before the other is here."""
     plgpu.barrier_arrive(s.turn)
     plgpu.barrier_wait(s.turn)
 
 
-def fold_block(
-    wg, place, item: Item, mine: Item, step, i, state, *, cut: str, s: Scratch, shape: Shape, tiling: Tiling
-):
-    """Folds one block into (acc [M, D], m [M], l [M]); where an edge cuts it, it is masked and dead values zeroed."""
-    acc, m, l = state
-    turns = tiling.turns and not cut
-    slot = lax.rem(step + i, I32(tiling.stages))
-    key = item.base + (item.blocks - 1 - i) * tiling.block
-    plgpu.barrier_wait(s.k_full.at[slot])
+def await_turn(f: Fold, i) -> None:
+    """Ahead: waits until the warpgroup before has issued its products; every block but a tile's first has a turn."""
+    if f.tiling.ahead and f.tiling.turns:
+        pl.when(i > 0)(lambda: plgpu.barrier_wait(f.s.turn.at[f.wg]))
 
-    def multiply(acc_ref):
-        plgpu.wgmma(acc_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
-        if turns:
-            take_turn(s)
-        return acc_ref[...]
 
-    x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
-    plgpu.barrier_arrive(s.k_free.at[slot])
-    z, unit = logits(x, mine.scale, shape)
+def pass_turn(f: Fold, i) -> None:
+    if f.tiling.ahead and f.tiling.turns:
+        after = 1 - f.wg if f.tiling.wgs == 2 else lax.rem(f.wg + 1, I32(f.tiling.wgs))
+        pl.when(i > 0)(lambda: plgpu.barrier_arrive(f.s.turn.at[after]))
+
+
+def skip(f: Fold, i, _) -> None:
+    """Lets a block pass that no row of this warpgroup sees."""
+    keys, values = f.slots(i)
+    plgpu.barrier_wait(f.s.k_full.at[keys])
+    plgpu.barrier_arrive(f.s.k_free.at[keys])
+    plgpu.barrier_wait(f.s.v_full.at[values])
+    clean_values(f, i)
+    plgpu.barrier_arrive(f.s.v_free.at[values])
+    await_turn(f, i)
+    pass_turn(f, i)
+
+
+# ------------------------------------------------------------------ the blocks
+
+
+def softmax(f: Fold, i, x, m, l, cut: str):
+    """(weights as operands, m, l, alpha) with the scores `x` of a block."""
+    z, unit = logits(x, f.mine.scale, f.shape)
     if cut:
-        z = masked(z, key, mine, cut, shape)
+        z = masked(f, z, f.key(i), cut)
     m_new = jnp.maximum(m, z.max(axis=1) * unit)
     alpha = jnp.exp2(m - m_new)
     p = jnp.exp2(z * unit - along(m_new, z))
-    l = l * alpha + p.sum(axis=1)
-    weights = p.astype(shape.operands)
-    if not tiling.fresh:
+    return p.astype(f.shape.operands), m_new, l * alpha + p.sum(axis=1), alpha
+
+
+def scores(f: Fold, i, issued):
+    """[M, block] of block `i`, whose keys are then given back; `issued()` once the product is under way."""
+    keys, _ = f.slots(i)
+
+    def multiply(x_ref):
+        plgpu.wgmma(x_ref, f.s.q.at[f.place], f.s.k.at[keys].transpose((1, 0)))
+        issued()
+        return x_ref[...]
+
+    x = pl.run_scoped(multiply, plgpu.ACC((M, f.tiling.block), jnp.float32))
+    plgpu.barrier_arrive(f.s.k_free.at[keys])
+    return x
+
+
+def fold_block(f: Fold, i, state, *, cut: str):
+    """Folds one block; where an edge cuts it, it is masked and dead values zeroed."""
+    acc, m, l = state
+    in_step = f.tiling.turns and not cut and not f.tiling.ahead
+    in_turn = cut and f.shape.window is None
+    keys, values = f.slots(i)
+    plgpu.barrier_wait(f.s.k_full.at[keys])
+
+    def issued():
+        if in_turn:
+            await_turn(f, i)
+            pass_turn(f, i)
+        if in_step:
+            meet(f.s)
+
+    weights, m, l, alpha = softmax(f, i, scores(f, i, issued), m, l, cut)
+    if not f.tiling.fresh:
         acc = acc * along(alpha, acc)
-    if turns:
-        acc, l, m_new, alpha, weights = lax.optimization_barrier((acc, l, m_new, alpha, weights))
-        plgpu.barrier_arrive(s.turn)
-    plgpu.barrier_wait(s.v_full.at[slot])
-    if turns:
-        plgpu.barrier_wait(s.turn)
+    if in_step:
+        acc, l, m, alpha, weights = lax.optimization_barrier((acc, l, m, alpha, weights))
+        plgpu.barrier_arrive(f.s.turn)
+    plgpu.barrier_wait(f.s.v_full.at[values])
+    if in_step:
+        plgpu.barrier_wait(f.s.turn)
     if cut:
-        clean_values(wg, s, slot, key, item, shape, tiling)
-    if tiling.staged:
-        s.p.at[wg][...] = weights
-        plgpu.commit_smem()
-        weights = s.p.at[wg]
-    acc = add_product(acc, alpha, weights, s.v.at[slot], tiling.fresh)
-    plgpu.barrier_arrive(s.v_free.at[slot])
-    return acc, m_new, l
+        clean_values(f, i)
+    acc = add_product(f, acc, alpha, operand(f, weights), f.s.v.at[values])
+    plgpu.barrier_arrive(f.s.v_free.at[values])
+    return acc, m, l
 
 
-def fold_ahead(place, scale, step, first, second, state, s: Scratch, shape: Shape, tiling: Tiling):
-    """Folds whole blocks first..second-1; scores of the next block are multiplied together with values of the last."""
-
-    def slot_of(i):
-        return lax.rem(step + i, I32(tiling.stages))
-
-    def softmax(x, m, l):
-        z, unit = logits(x, scale, shape)
-        m_new = jnp.maximum(m, z.max(axis=1) * unit)
-        alpha = jnp.exp2(m - m_new)
-        p = jnp.exp2(z * unit - along(m_new, z))
-        return p.astype(shape.operands), m_new, l * alpha + p.sum(axis=1), alpha
+def fold_ahead(f: Fold, begin, second, state, edge: str, freed):
+    """Folds blocks begin..second-1, whole but for the first; what `freed` is, `fold_all` says."""
+    done = freed if f.shape.window is None else lambda: None
 
     def one(i, carry):
         acc, weights, m, l = carry
-        now, before = slot_of(i), slot_of(i - 1)
-        plgpu.barrier_wait(s.k_full.at[now])
+        (now, _), (_, before) = f.slots(i), f.slots(i - 1)
+        weights = operand(f, weights)
+        plgpu.barrier_wait(f.s.k_full.at[now])
+        await_turn(f, 1)
 
         def multiply(x_ref, acc_ref):
-            acc_ref[...] = acc
-            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[now].transpose((1, 0)))
-            plgpu.barrier_wait(s.v_full.at[before])
-            plgpu.wgmma(acc_ref, weights, s.v.at[before])
+            if not f.tiling.fresh:
+                acc_ref[...] = acc
+            plgpu.wgmma(x_ref, f.s.q.at[f.place], f.s.k.at[now].transpose((1, 0)))
+            plgpu.barrier_wait(f.s.v_full.at[before])
+            plgpu.wgmma(acc_ref, weights, f.s.v.at[before])
+            pass_turn(f, 1)
             x = plgpu.wgmma_accumulator_load(x_ref, wait_n=1)
-            plgpu.barrier_arrive(s.k_free.at[now])
-            following = softmax(x, m, l)
+            plgpu.barrier_arrive(f.s.k_free.at[now])
+            following = softmax(f, i, x, m, l, "")
             return *following, plgpu.wgmma_accumulator_load(acc_ref)
 
-        scores, values = plgpu.ACC((M, tiling.block), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
-        weights, m, l, alpha, acc = pl.run_scoped(multiply, scores, values)
-        plgpu.barrier_arrive(s.v_free.at[before])
-        return acc * along(alpha, acc), weights, m, l
+        both = plgpu.ACC((M, f.tiling.block), jnp.float32), plgpu.ACC(acc.shape, jnp.float32)
+        *following, alpha, product = pl.run_scoped(multiply, *both)
+        plgpu.barrier_arrive(f.s.v_free.at[before])
+        acc = acc + product if f.tiling.fresh else product
+        return acc * along(alpha, acc), *following
 
     def every(state):
         acc, m, l = state
-        slot, last = slot_of(first), slot_of(second - 1)
-        plgpu.barrier_wait(s.k_full.at[slot])
-
-        def multiply(x_ref):
-            plgpu.wgmma(x_ref, s.q.at[place], s.k.at[slot].transpose((1, 0)))
-            return x_ref[...]
-
-        x = pl.run_scoped(multiply, plgpu.ACC((M, tiling.block), jnp.float32))
-        plgpu.barrier_arrive(s.k_free.at[slot])
-        weights, m, l, alpha = softmax(x, m, l)
-        acc, weights, m, l = lax.fori_loop(first + 1, second, one, (acc * along(alpha, acc), weights, m, l))
-        plgpu.barrier_wait(s.v_full.at[last])
-        acc = add_product(acc, alpha, weights, s.v.at[last], fresh=False)
-        plgpu.barrier_arrive(s.v_free.at[last])
+        (keys, _), (_, last) = f.slots(begin), f.slots(second - 1)
+        plgpu.barrier_wait(f.s.k_full.at[keys])
+        await_turn(f, begin)
+        x = scores(f, begin, lambda: pass_turn(f, begin))
+        weights, m, l, alpha = softmax(f, begin, x, m, l, edge)
+        acc, weights, m, l = lax.fori_loop(begin + 1, second, one, (acc * along(alpha, acc), weights, m, l))
+        done()
+        plgpu.barrier_wait(f.s.v_full.at[last])
+        acc = add_product(f, acc, None, operand(f, weights), f.s.v.at[last])
+        plgpu.barrier_arrive(f.s.v_free.at[last])
         return acc, m, l
 
-    return lax.cond(first < second, every, lambda state: state, state)
+    def none(state):
+        done()
+        return state
+
+    return lax.cond(begin < second, every, none, state)
 
 
-def add_product(acc, alpha, weights, v_ref, fresh: bool):
-    """acc * alpha + weights @ v; where not `fresh`, `acc` is scaled already and the product lands on top of it."""
-    if fresh:
+def operand(f: Fold, weights):
+    """The weights as the product takes them: from registers, or from shared memory."""
+    if not f.tiling.staged:
+        return weights
+    f.s.p.at[f.wg][...] = weights
+    plgpu.commit_smem()
+    return f.s.p.at[f.wg]
+
+
+def add_product(f: Fold, acc, alpha, weights, v_ref):
+    """acc * alpha + weights @ v; unless `fresh`, or without an alpha, `acc` is scaled already.
+
+    Where not `fresh`, the product lands on top of it.
+    """
+    if f.tiling.fresh:
 
         def multiply(acc_ref):
             plgpu.wgmma(acc_ref, weights, v_ref)
             return acc_ref[...]
 
-        return acc * along(alpha, acc) + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
+        product = pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
+        return (acc if alpha is None else acc * along(alpha, acc)) + product
 
     def add(acc_ref):
         plgpu.wgmma(acc_ref, weights, v_ref)
@@ -180,27 +272,30 @@ def logits(x, scale, shape: Shape):
     return x * factor(scale * LOG2E, x), 1.0
 
 
-def masked(z, key, mine: Item, cut: str, shape: Shape):
+def masked(f: Fold, z, key, cut: str):
     """-inf where a row sees no key: past its own position, or before its window."""
     keys = key + plgpu.broadcasted_iota(jnp.int32, z.shape, 1, layout=WG)
-    position = mine.position + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=WG)
-    if shape.window is not None and cut != "causal":
-        z = jnp.where(keys > position - shape.window, z, -jnp.inf)
+    position = f.mine.position + plgpu.broadcasted_iota(jnp.int32, z.shape, 0, layout=WG)
+    if f.shape.window is not None and cut != "causal":
+        z = jnp.where(keys > position - f.shape.window, z, -jnp.inf)
     return z if cut == "window" else jnp.where(keys <= position, z, -jnp.inf)
 
 
-def clean_values(wg, s: Scratch, slot, key, item: Item, shape: Shape, tiling: Tiling) -> None:
-    """Zeroes values that no row of the tile may see, since a weight of 0 does not silence a NaN."""
+def clean_values(f: Fold, i) -> None:
+    """Zeroes values that no row of the sequence may see, since a weight of 0 does not silence a NaN."""
+    item, key, block = f.item, f.key(i), f.tiling.block
+    past = ((item.dirty & 1) != 0) & (key + block > item.stop)
+    before = ((item.dirty & 2) != 0) & (key < item.low)
 
-    @pl.when((key < item.low) | (key + tiling.block > item.stop))
+    @pl.when(past | before)
     def _():
-        @pl.when(wg == 0)
+        @pl.when(f.wg == 0)
         def _():
-            zero_unseen(s.v.at[slot], key, item.low, item.stop)
+            zero_unseen(f.s.v.at[f.slots(i)[1]], key, item.low, item.stop)
 
         plgpu.commit_smem()
-        plgpu.barrier_arrive(s.clean)
-        plgpu.barrier_wait(s.clean)
+        plgpu.barrier_arrive(f.s.clean)
+        plgpu.barrier_wait(f.s.clean)
 
 
 def factor(scale, like):

@@ -41,14 +41,24 @@ class Tiling(NamedTuple):
     memory: int = 0  # where the output is staged: APART, SPARE or SHARED
     queries: int = 2  # tiles whose queries have room: with two, the next tile's load under this tile's work
     teams: int = 1  # pairs of consumer warpgroups a CTA, each pair with tiles and a ring of its own
+    near: int = 24  # MiB of keys and values that tiles at work at one time share, about
+    fetch: bool = False  # page ids are loaded a block ahead
+    apart: bool = False  # keys and values by a producer warp each
+    peek: bool = False  # what the list says of the next tile is loaded before this one is worked on
+    wgs: int = 2  # consumer warpgroups a team
+    more: int = 0  # ring slots of keys beyond those of values
+
+    def slots(self, step) -> tuple:
+        """Where the keys and the values of a step are."""
+        return lax.rem(step, I32(self.stages + self.more)), lax.rem(step, I32(self.stages))
     raw: int = 0  # ring slots of stored numbers, where a warpgroup converts them; one team only
 
     def heads(self, shape: Shape) -> int:
         """Heads of a group that one tile serves."""
-        return 2 if shape.group % 2 == 0 else 1
+        return 2 if shape.group % 2 == 0 and self.wgs == 2 else 1
 
     def tokens(self, shape: Shape) -> int:
-        return 2 * M // self.heads(shape)
+        return self.wgs * M // self.heads(shape)
 
 
 class Item(NamedTuple):
@@ -66,6 +76,7 @@ class Item(NamedTuple):
     stop: jax.Array  # one past the last key any row sees
     blocks: jax.Array
     scale: Any  # of the logits
+    dirty: jax.Array  # 1: slots past the context are loaded, 2: slots before the sequence's window
 
 
 class Scratch(NamedTuple):
@@ -104,13 +115,14 @@ def place_rows(d: int) -> tuple[int, int]:
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     d, dtype = shape.head_dim, shape.operands
     copies = tiling.block // piece(shape.page, tiling.block)
+    keys = functools.partial(plgpu.Barrier, num_barriers=tiling.stages + tiling.more)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
-    held = 2 * tiling.queries
-    staged = held if tiling.memory == SHARED else 2
+    wgs, held = tiling.wgs, tiling.wgs * tiling.queries
+    staged = held if tiling.memory == SHARED else wgs
     rows, padded_rows = place_rows(d)
     q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, padded_rows, -(-d // 64) * 64), jnp.dtype(dtype))
     out = smem((staged, rows, d), dtype)
-    both, none = plgpu.RefUnion(out, tail), plgpu.SMEM((M,), jnp.float32)
+    both = plgpu.RefUnion(out, tail)
     raw, filled = (), copies
     if tiling.raw:
         stored = smem((tiling.raw, tiling.block, d), shape.stored)
@@ -118,20 +130,20 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
         raw, filled = Ring(stored, stored, full, full, free, free), 1
     return Scratch(
         q=both if tiling.memory == SHARED else q,
-        out=(out, both, none)[tiling.memory],
-        tail=tail if tiling.memory == APART else none,
-        k=smem((tiling.stages, tiling.block, d), dtype),
+        out=(out, both, ())[tiling.memory],
+        tail=tail if tiling.memory == APART else (),
+        k=smem((tiling.stages + tiling.more, tiling.block, d), dtype),
         v=smem((tiling.stages, tiling.block, d), dtype),
-        lse=plgpu.SMEM((2, M), jnp.float32),
-        p=smem((2, M, tiling.block) if tiling.staged else (2, 8, d), dtype, like=d),
+        lse=plgpu.SMEM((wgs, M), jnp.float32),
+        p=smem((wgs, M, tiling.block), dtype, like=d) if tiling.staged else (),
         q_full=plgpu.Barrier(num_barriers=held),
-        q_free=plgpu.Barrier(num_barriers=tiling.queries, num_arrivals=2),
-        k_full=ring(num_arrivals=filled),
+        q_free=plgpu.Barrier(num_barriers=tiling.queries, num_arrivals=wgs),
+        k_full=keys(num_arrivals=filled),
         v_full=ring(num_arrivals=filled),
-        k_free=ring(num_arrivals=2),
-        v_free=ring(num_arrivals=2),
-        turn=plgpu.Barrier(num_arrivals=2),
-        clean=plgpu.Barrier(num_arrivals=2),
+        k_free=keys(num_arrivals=wgs),
+        v_free=ring(num_arrivals=wgs),
+        turn=plgpu.Barrier(num_barriers=wgs) if tiling.ahead else plgpu.Barrier(num_arrivals=2),
+        clean=plgpu.Barrier(num_arrivals=wgs),
         raw=raw,
     )
 
@@ -159,34 +171,81 @@ def tile(ref):
     return ref if ref.shape[1] == M else ref.at[:, pl.ds(0, M)]
 
 
-def item_at(index, tiles_ref, shape: Shape, tiling: Tiling) -> Item:
-    """Reads a tile of the list (i32 [5.., tiles]: token / 8, begin, end, position, sequence) and finds its keys."""
-    pairs = shape.q_heads // tiling.heads(shape)
-    tile, pair = lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
-    token, begin, end, position, sequence = (tiles_ref[field, tile] for field in range(5))
+class Told:
+    """A run of a flat array in global memory, indexed from its own start."""
+
+    def __init__(self, ref, first: int, length: int):
+        self.ref, self.first, self.shape = ref, first, (length,)
+
+    def __getitem__(self, index):
+        return self.ref[self.first + index]
+
+
+def told(ref, sequences: int) -> tuple[Told, tuple[Told, ...]]:
+    """What `plan.prefill_tiles` tells beside the tiles: (tiles through each sequence, pairs at once, whether groups
+    are odd in number; the first rows of sequences, one past those to be filled with NaN (the first where none are),
+    [first row of nobody], [how many sequences are invalid])."""
+    s, lengths = sequences, (sequences, sequences, 1, 1)
+    firsts = (s + 2, 2 * s + 2, 3 * s + 2, 3 * s + 3)
+    return Told(ref, 0, s + 2), tuple(Told(ref, a, n) for a, n in zip(firsts, lengths, strict=True))
+
+
+def item_of(fields, pair, shape: Shape, tiling: Tiling) -> Item:
+    """The tile of one entry of the list (token / 8, begin, end, position, sequence, dirty) for a pair, and its keys."""
+    token, begin, end, position, sequence, dirty = fields
     head = pair * tiling.heads(shape)
     low, base = first_key(position + begin, shape.window, tiling.block)
     stop = jnp.maximum(position + end, 0)
     blocks = ceil_div(jnp.maximum(stop - base, 0), tiling.block)
     kv_head = lax.div(head, I32(shape.group))
-    return Item(token * 8, begin, end, position, sequence, kv_head, head, low, base, stop, blocks, shape.scale)
+    return Item(token * 8, begin, end, position, sequence, kv_head, head, low, base, stop, blocks, shape.scale, dirty)
+
+
+def grouped(shape: Shape, tiling: Tiling) -> bool:
+    """Whether tiles are ordered so that those at work together share keys: not where a window makes these few."""
+    return tiling.near > 0 and (shape.window is None or shape.window > 16 * tiling.block)
+
+
+def place_of(index, count_ref, shape: Shape, tiling: Tiling):
+    """(tile, pair) of the `index`th item: some pairs of every tile, then the next; back through the list, and on."""
+    pairs = shape.q_heads // tiling.heads(shape)
+    if not grouped(shape, tiling):
+        return lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
+    tiles, at_once, odd = (count_ref[count_ref.shape[0] - 3 + field] for field in range(3))
+    several = jnp.maximum(tiles * at_once, 1)
+    group = lax.div(index, several)
+    within = index - group * several
+    here = jnp.minimum(at_once, pairs - group * at_once)
+    tile = lax.div(within, here)
+    groups = lax.div(pairs + at_once - 1, at_once)
+    back = odd & (groups - 1 - group) & 1
+    return jnp.where(back == 1, tiles - 1 - tile, tile), group * at_once + within - tile * here
 
 
 def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body):
     """Runs `body(item, step, nth)` over this team's items; the list is dealt back and forth, longest tiles first.
 
-    `step` counts ring slots used before, `nth` items; both counts after the last item are returned.
+    `step` counts ring slots used before, `nth` items; both counts after the last item are returned. What the list says
+    of the next item is loaded before this one is worked on.
     """
     pairs = shape.q_heads // tiling.heads(shape)
-    total, n = count_ref[count_ref.shape[0] - 1] * pairs, tiling.ctas * tiling.teams
+    total, n = count_ref[count_ref.shape[0] - 3] * pairs, tiling.ctas * tiling.teams
+
+    def index_of(i):
+        return i * n + jnp.where(lax.rem(i, I32(2)) == 0, team, n - 1 - team)
+
+    def load(i):
+        tile, pair = place_of(jnp.clip(index_of(i), 0, jnp.maximum(total - 1, 0)), count_ref, shape, tiling)
+        return tuple(tiles_ref[field, tile] for field in range(6)), pair
 
     def loop(i, carry):
-        step, nth = carry
-        place = jnp.where(lax.rem(i, I32(2)) == 0, team, n - 1 - team)
-        index = i * n + place
-        item = item_at(jnp.minimum(index, total - 1), tiles_ref, shape, tiling)
-        here = index < total
+        step, nth, entry = carry
+        if not tiling.peek:
+            entry = load(i)
+        following = load(i + 1) if tiling.peek else ()
+        item, here = item_of(*entry, shape, tiling), index_of(i) < total
         pl.when(here)(lambda: body(item, step, nth))
-        return step + jnp.where(here, item.blocks, 0), nth + jnp.where(here, 1, 0)
+        return step + jnp.where(here, item.blocks, 0), nth + jnp.where(here, 1, 0), following
 
-    return lax.fori_loop(0, ceil_div(total, n), loop, (I32(0), I32(0)))
+    start = (I32(0), I32(0), load(I32(0)) if tiling.peek else ())
+    return lax.fori_loop(0, ceil_div(total, n), loop, start)[:2]

@@ -21,9 +21,10 @@ RESERVED = 6 * 1024  # barriers and the reductions' scratch
 NARROW = ("float8_e4m3fn", "float8_e5m2", "int8")  # pages that are converted on their way into a product
 LONG = 64  # mean query length from which every sequence takes the prefill role
 OPTIONS = (
-    "ahead", "consumer_registers", "ctas", "decode_block", "decode_stages", "fresh", "least_chunk",
-    "mixed_block", "mixed_chunk", "mixed_queries", "mixed_registers", "mixed_stages", "prefill_block",
-    "prefill_raw", "prefill_stages", "producer_registers", "queries", "teams", "turns", "workers",
+    "ahead", "apart", "consumer_registers", "ctas", "decode_block", "decode_stages", "fetch", "fresh", "least_chunk",
+    "mixed_block", "mixed_chunk", "mixed_queries", "mixed_registers", "mixed_stages", "more", "near", "peek",
+    "prefill_block", "prefill_raw", "prefill_stages", "producer_registers", "queries", "teams", "turns", "wgs",
+    "workers",
 )  # fmt: skip
 
 
@@ -170,30 +171,39 @@ def prefill_tiling(
     ctas: int,
     shortest: int,
     interpreted: bool,
+    wgs: int | None = None,
 ) -> prefill_work.Tiling:
     narrow = shape.head_dim > 128 or (shape.window is not None and shape.window <= 512)
     size = jnp.dtype(shape.dtype).itemsize * shape.head_dim
     if shape.stored:
         return converting_tiling(shape, sequences, config, ctas, shortest, interpreted)
-    # At small head sizes the softmax is most of the work: two pairs of consumers fill each other's bubbles.
-    teams = config.option("teams", 2 if shape.head_dim <= 64 and not interpreted else 1)
+    # At small head sizes the softmax is most of the work: three warpgroups on a tile fill each other's bubbles, and in
+    # a window, where a third of what three see is nobody's, two pairs.
+    wgs = wgs or config.option("wgs", 3 if shape.head_dim == 64 and shape.window is None else 2)
+    teams = config.option("teams", 2 if shape.head_dim <= 64 and not interpreted and wgs == 2 else 1)
     block = config.option("prefill_block", 64 if narrow or teams == 2 else 128)
-    consumer, producer = (240, 24) if teams == 1 else (112, 32)
+    ahead = bool(config.option("ahead", int(teams == 1 and shape.head_dim in (64, 128))))
+    small = piece(shape.page, block) < 64
+    # All that the CTA is given at its start must be shared out, no more: 168 a thread of three warpgroups, 128 of four.
+    consumer, producer = (160, 32) if wgs == 3 else (112, 32) if teams == 2 else (232, 40) if ahead else (240, 24)
     stages = config.num_stages or config.option("prefill_stages", (4, 3)[teams - 1] if 64 * size <= 8192 else 2)
-    room, ring = (SMEM - RESERVED) // teams, 2 * stages * block * size
-    tile = 2 * prefill_work.place_rows(shape.head_dim)[0] * size  # queries or outputs of one tile
+    more = config.option("more", 0)
+    room, ring = (SMEM - (RESERVED if teams > 1 else 2048)) // teams, (2 * stages + more) * block * size
+    tile = wgs * prefill_work.place_rows(shape.head_dim)[0] * size  # queries or outputs of one tile
     # With pages of 16 and long tiles a second place for queries was no gain: 925 us against 852 for 1 x 8k.
-    ahead = teams == 2 or piece(shape.page, block) >= 64
-    queries = config.option("queries", 2 if ahead and ring + 2 * tile <= room else 1)
+    early = teams == 2 or not small
+    queries = config.option("queries", 2 if early and ring + 2 * tile <= room else 1)
     memory = prefill_work.APART if interpreted else prefill_work.SPARE
     if ring + (queries + 1) * tile > room:
         memory = prefill_work.SHARED
     tiling = prefill_work.Tiling(
         1, block, stages, ctas, fresh=interpreted or bool(config.option("fresh", 0)), staged=interpreted,
-        turns=bool(config.option("turns", int(teams == 1 or not narrow))), ahead=bool(config.option("ahead", 0)),
-        memory=memory,
+        turns=bool(config.option("turns", int(wgs == 2 and not small if ahead else teams == 1 or not narrow))),
+        ahead=ahead, memory=memory,
         registers=(config.option("consumer_registers", consumer), config.option("producer_registers", producer)),
-        teams=teams, queries=queries,
+        teams=teams, queries=queries, wgs=wgs, more=more, near=config.option("near", 24),
+        apart=bool(config.option("apart", int(ahead and small))),
+        fetch=bool(config.option("fetch", int(ahead or teams == 2))), peek=bool(config.option("peek", int(ahead))),
     )  # fmt: skip
     return tiling._replace(tiles=plan.tile_bound(shape, sequences, tiling.tokens(shape), shortest))
 
@@ -245,8 +255,11 @@ def fused_program(
     # decode, finer splits. 164.4 us, 179.6 otherwise, with one kv head; 751 and 680 with 8.
     few = sequences * shape.kv_heads <= 2 * ctas and shape.head_dim <= 128 and not interpreted
     block = config.option("mixed_block", 128 if few else 64)
-    tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted)
+    tiling = prefill_tiling(shape, sequences, config, ctas, 2, interpreted, wgs=2)
+    ahead = bool(config.option("ahead", int(shape.head_dim in (64, 128) and not few)))
+    loads = {name: bool(config.option(name, 1)) for name in ("apart", "fetch", "peek")}
     tiling = tiling._replace(
+        ahead=ahead, **loads,
         block=block, stages=config.option("mixed_stages", 3 if shape.head_dim <= 128 and block == 64 else 2),
         memory=prefill_work.APART if interpreted else prefill_work.SHARED, teams=1,
         queries=config.option("mixed_queries", 1), turns=bool(config.option("turns", 1)),
