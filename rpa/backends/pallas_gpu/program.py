@@ -179,10 +179,14 @@ def prefill_tiling(
         return converting_tiling(shape, sequences, config, ctas, shortest, interpreted)
     # At small head sizes the softmax is most of the work: three warpgroups on a tile fill each other's bubbles, and in
     # a window, where a third of what three see is nobody's, two pairs.
-    wgs = wgs or config.option("wgs", 3 if shape.head_dim == 64 and shape.window is None else 2)
+    three = shape.head_dim == 64 and shape.window is None
+    three = three and config.option("teams", 1) == config.option("ahead", 1) == 1
+    wgs = wgs or config.option("wgs", 3 if three else 2)
     teams = config.option("teams", 2 if shape.head_dim <= 64 and not interpreted and wgs == 2 else 1)
     block = config.option("prefill_block", 64 if narrow or teams == 2 else 128)
     ahead = bool(config.option("ahead", int(teams == 1 and shape.head_dim in (64, 128))))
+    if wgs not in (2, 3) or (wgs == 3 and (teams > 1 or not ahead)):
+        raise ValueError(f"cfg.options 'wgs'={wgs}: 2, or 3 in one team that multiplies ahead")
     small = piece(shape.page, block) < 64
     # All that the CTA is given at its start must be shared out, no more: 168 a thread of three warpgroups, 128 of four.
     consumer, producer = (160, 32) if wgs == 3 else (112, 32) if teams == 2 else (232, 40) if ahead else (240, 24)
