@@ -27,9 +27,9 @@ from oracle import Case, attend
 from oracle.poison import owned_rows
 
 TILES = (Launch(2, 3), Launch(4, 5), Launch(8, 16))
-# A distance of 0 is the same errors, of 1 no likeness at all. Past the second what the weights show is believed first,
-# past the last nothing is named.
-ALIKE, SURE, SIMILAR, LIKENESS = 0.15, 0.05, 0.5, 0.9
+# A distance of 0 is the same errors, of 1 no likeness at all. Past the second what the weights surely show is believed
+# first, past the third whatever they show, past the last nothing is named.
+ALIKE, SURE, SIMILAR, LIKENESS = 0.15, 0.05, 0.45, 0.9
 CANDIDATES = 20
 KEYS = 2000  # a plan with longer contexts is no evidence if there is another: the model kernel is slow
 SECONDS = 10.0  # for either round; a context of thousands of keys takes the model that long
