@@ -59,6 +59,9 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "decode_group_8": lambda: build(
         (1, 1), (70, 130), dataclasses.replace(SMALL, q_heads=8, kv_heads=1, page=64, pages_per_seq=3), **BF16
     ),
+    "decode_long": lambda: build(  # more blocks than a short row has
+        (1, 1), (70, 330), dataclasses.replace(SMALL, q_heads=8, kv_heads=1, page=64, pages_per_seq=6), **BF16
+    ),
     "decode_one_split": lambda: build(
         (1, 1, 1), (7, 60, 0), dataclasses.replace(SMALL, q_heads=12, pages_per_seq=8), **EDGES, **BF16
     ),
@@ -476,15 +479,16 @@ def prove_combine() -> None:
 
 def prove_stray() -> None:
     """A bad page makes a decode row NaN whichever split meets it, and changes nobody else's bits."""
-    case = KERNELS["decode_group_8"]()
-    good, _ = interpret(case)
-    tables = np.array(case.block_tables)
-    tables[1, 1] = -1  # the second sequence's row; its keys reach page 2
-    bad, lse = interpret(case, block_tables=jnp.asarray(tables))
-    assert np.isnan(bad[1].astype(np.float32)).all(), "the row of the invalid sequence is not NaN"
-    assert np.isnan(lse[1]).all()
-    others = [0, *range(2, len(good))]
-    assert bad[others].tobytes() == good[others].tobytes(), "another row's bits changed"
+    for name in ("decode_group_8", "decode_long"):  # pages looked up with the row, and on the way
+        case = KERNELS[name]()
+        good, _ = interpret(case)
+        tables = np.array(case.block_tables)
+        tables[1, 1] = -1  # the second sequence's row; its keys reach page 2
+        bad, lse = interpret(case, block_tables=jnp.asarray(tables))
+        assert np.isnan(bad[1].astype(np.float32)).all(), "the row of the invalid sequence is not NaN"
+        assert np.isnan(lse[1]).all()
+        others = [0, *range(2, len(good))]
+        assert bad[others].tobytes() == good[others].tobytes(), "another row's bits changed"
 
 
 PROOFS: dict[str, Callable[[], None]] = {
