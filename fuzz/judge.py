@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from fuzz.build import build, refill
+from fuzz.errors import origin
 from fuzz.plan import Plan
-from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend, origin
+from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend
 from oracle import Case
 from oracle.bound import Analysis, analyse
 from oracle.verdict import Verdict, compare

@@ -7,17 +7,16 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuzz.errors import origin
 from oracle import Case, Claim
 from oracle.bound import default_claim
 
@@ -197,15 +196,6 @@ def _import(name: str, module: str, attribute: str) -> Callable[..., Any]:
     if not callable(found):
         raise TargetError(f"target {name!r} is of type {type(found).__name__}, not a function")
     return found
-
-
-def origin(error: BaseException) -> str:
-    """An error's type, where in somebody's file it was raised, and its message."""
-    ours = {__file__, importlib.__file__, str(Path(__file__).with_name("judge.py"))}
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in ours]
-    frames = [f for f in frames if not f.filename.startswith("<frozen")]
-    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{where}: {str(error)[:500]}"
 
 
 def from_callable(function: Any, name: str) -> Target:
