@@ -31,7 +31,7 @@ from oracle import Case, Claim, judge
 from oracle.poison import nan_fill
 from rpa import layout
 from rpa.backends import pallas_gpu
-from rpa.backends.pallas_gpu import combine, decode, plan, prefill_work, rows, tiles
+from rpa.backends.pallas_gpu import combine, decode, decode_work, plan, prefill_work, rows, tiles
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
 from rpa.signature import Inputs, Signature
@@ -387,7 +387,7 @@ def prove_items() -> None:
             if tiling.singles:
                 found = plan.live_units(plan.owners(inputs, shape), shape, tiling)
                 units = decode.Listed(found.listed, found.through)
-            one = functools.partial(decode.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling)
+            one = functools.partial(decode_work.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling)
             listed = tiling.units if units is None else units.through[-1]
             return jax.vmap(one)(jnp.arange(tiling.units * shape.kv_heads)), listed
 
