@@ -56,27 +56,35 @@ def one_row(case: Case, row: int, head: int, sequence: Sequence, low: int, high:
     return np.concatenate([x, np.array(sink, dtype)]), v * dtype(v_scale)
 
 
-def one_pass(*arrays: Any, **options: Any) -> np.ndarray:
+def by_rows(dtype: Any) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+    """A kernel from the answer [D] of one row and head, given its logits, its values and the case."""
+
+    def kernel_of(answer: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def kernel(*arrays: Any, **options: Any) -> np.ndarray:
+            case = _case(arrays, options)
+            output = np.zeros(case.queries.shape, case.queries.dtype)
+            for place in _rows(case):
+                output[place[:2]] = answer(*one_row(case, *place, dtype), case).astype(output.dtype)
+            return output
+
+        return kernel
+
+    return kernel_of
+
+
+@by_rows(np.float32)
+def one_pass(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """A row at a time, all its keys at once, the weights divided before they meet the values."""
-    case = _case(arrays, options)
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, *span in _rows(case):
-        x, v = one_row(case, row, head, *span, dtype=np.float32)
-        p = np.exp(x - x.max())
-        output[row, head] = ((p / p.sum())[: len(v)] @ v).astype(output.dtype)
-    return output
+    p = np.exp(x - x.max())
+    return (p / p.sum())[: len(v)] @ v
 
 
-def two_passes_in_float64(*arrays: Any, **options: Any) -> np.ndarray:
+@by_rows(np.float64)
+def two_passes_in_float64(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """The maximum first, then the weights, everything in float64, keys from the last to the first."""
-    case = _case(arrays, options)
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, *span in _rows(case):
-        x, v = one_row(case, row, head, *span, dtype=np.float64)
-        p = np.exp(x - x.max())
-        total = sum(p[j] * v[j] for j in reversed(range(len(v))))
-        output[row, head] = (total / p[::-1].sum()).astype(output.dtype)
-    return output
+    p = np.exp(x - x.max())
+    total = sum(p[j] * v[j] for j in reversed(range(len(v))))
+    return total / p[::-1].sum()
 
 
 def _merged(a: tuple, b: tuple) -> tuple:
@@ -86,74 +94,58 @@ def _merged(a: tuple, b: tuple) -> tuple:
     return m, left * a[1] + right * b[1], left * a[2] + right * b[2]
 
 
-def tree_of_odd_blocks(*arrays: Any, **options: Any) -> np.ndarray:
+@by_rows(np.float32)
+def tree_of_odd_blocks(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """Blocks that begin at 1, 4, 7, ... in powers of two, the weights rounded for their dot, merged two by two; the
     sink is a block of its own, and comes last."""
-    case = _case(arrays, options)
     dots = dtype_of(model_kernel.operand_dtype(case))
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, sequence, low, high in _rows(case):
-        x, v = one_row(case, row, head, sequence, low, high, np.float32)
-        x = x * np.float32(np.log2(np.e))
-        edges = [0, *range(1, len(v), 3), len(v)]
-        parts = []
-        for i, j in itertools.pairwise(edges):
-            p = np.exp2(x[i:j] - x[i:j].max())
-            parts.append((x[i:j].max(), p.sum(), p.astype(dots).astype(np.float32) @ v[i:j]))
-        while len(parts) > 1:
-            pairs = [_merged(*parts[i : i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
-            parts = pairs
-        if len(x) > len(v):
-            parts = [_merged(parts[0], (x[-1], np.float32(1), np.float32(0)))]
-        _, total, values = parts[0]
-        output[row, head] = (values / total).astype(output.dtype)
-    return output
+    x = x * np.float32(np.log2(np.e))
+    edges = [0, *range(1, len(v), 3), len(v)]
+    parts = []
+    for i, j in itertools.pairwise(edges):
+        p = np.exp2(x[i:j] - x[i:j].max())
+        parts.append((x[i:j].max(), p.sum(), p.astype(dots).astype(np.float32) @ v[i:j]))
+    while len(parts) > 1:
+        pairs = [_merged(*parts[i : i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+        parts = pairs
+    if len(x) > len(v):
+        parts = [_merged(parts[0], (x[-1], np.float32(1), np.float32(0)))]
+    _, total, values = parts[0]
+    return values / total
 
 
-def sums_in_chunks(*arrays: Any, **options: Any) -> np.ndarray:
+@by_rows(np.float32)
+def sums_in_chunks(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """Right to left in chunks of five keys, each chunk summed for itself; the maximum known before."""
-    case = _case(arrays, options)
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, sequence, low, high in _rows(case):
-        x, v = one_row(case, row, head, sequence, low, high, np.float32)
-        p = np.exp(x - x.max())
-        total, weight = np.zeros(case.head_dim, np.float32), p[len(v) :].sum(dtype=np.float32)
-        for stop in range(len(v), 0, -5):
-            chunk = slice(max(0, stop - 5), stop)
-            total, weight = total + p[chunk] @ v[chunk], weight + p[chunk].sum()
-        output[row, head] = (total * (np.float32(1) / weight)).astype(output.dtype)
-    return output
+    p = np.exp(x - x.max())
+    total, weight = np.zeros(case.head_dim, np.float32), p[len(v) :].sum(dtype=np.float32)
+    for stop in range(len(v), 0, -5):
+        chunk = slice(max(0, stop - 5), stop)
+        total, weight = total + p[chunk] @ v[chunk], weight + p[chunk].sum()
+    return total * (np.float32(1) / weight)
 
 
-def splits_of_five(*arrays: Any, **options: Any) -> np.ndarray:
+@by_rows(np.float32)
+def splits_of_five(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """Splits of five keys, each divided by its own sum, then weighed by their log-sum-exp: as FlashDecoding merges."""
-    case = _case(arrays, options)
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, *span in _rows(case):
-        x, v = one_row(case, row, head, *span, dtype=np.float32)
-        answers, logs = [], [*x[len(v) :]]  # the sink is a split without values
-        for start in range(0, len(v), 5):
-            part = slice(start, min(start + 5, len(v)))
-            p = np.exp(x[part] - x[part].max())
-            answers.append(p @ v[part] / p.sum())
-            logs.append(x[part].max() + np.log(p.sum()))
-        p = np.exp(np.array(logs) - max(logs))
-        output[row, head] = ((p[-len(answers) :] @ np.array(answers)) / p.sum()).astype(output.dtype)
-    return output
+    answers, logs = [], [*x[len(v) :]]  # the sink is a split without values
+    for start in range(0, len(v), 5):
+        part = slice(start, min(start + 5, len(v)))
+        p = np.exp(x[part] - x[part].max())
+        answers.append(p @ v[part] / p.sum())
+        logs.append(x[part].max() + np.log(p.sum()))
+    p = np.exp(np.array(logs) - max(logs))
+    return (p[-len(answers) :] @ np.array(answers)) / p.sum()
 
 
-def a_running_mean(*arrays: Any, **options: Any) -> np.ndarray:
+@by_rows(np.float64)
+def a_running_mean(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """One key after the other moves a mean by its weight, from logarithms that are added in float64."""
-    case = _case(arrays, options)
-    output = np.zeros(case.queries.shape, case.queries.dtype)
-    for row, head, *span in _rows(case):
-        x, v = one_row(case, row, head, *span, dtype=np.float64)
-        total, mean = (x[-1] if len(x) > len(v) else -np.inf), np.zeros(case.head_dim)
-        for logit, value in zip(x, v, strict=False):
-            new = np.logaddexp(total, logit)
-            mean, total = mean * np.exp(total - new) + np.exp(logit - new) * value, new
-        output[row, head] = mean.astype(output.dtype)
-    return output
+    total, mean = (x[-1] if len(x) > len(v) else -np.inf), np.zeros(case.head_dim)
+    for logit, value in zip(x, v, strict=False):
+        new = np.logaddexp(total, logit)
+        mean, total = mean * np.exp(total - new) + np.exp(logit - new) * value, new
+    return mean
 
 
 KERNELS: dict[str, Callable[..., np.ndarray]] = {
