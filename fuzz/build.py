@@ -221,7 +221,8 @@ def _ladder(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, s
     for s, low, high in layout.spans:
         position = np.arange(low, high)
         step = (rise * plan.amplitude * (position - low) / max(1, high - low)).astype(np.float32)
-        direction = _toward(plan, queries, int(layout.starts[s]), scale)
+        last = int(layout.starts[s]) + plan.lengths[s][0] - 1  # the row that sees most of it
+        direction = _toward(plan, queries, last, scale)
         keys[_slots(plan, layout, s, position)] += step[:, None, None] * direction
 
 
@@ -242,16 +243,24 @@ def _spikes(
 def _cliffs(plan: Plan, layout: Layout, queries: np.ndarray, keys: np.ndarray, scale: float) -> None:
     """Logits of about 120 at the keys that some rows of a tile see and others must not: nothing else survives there.
 
+    Or every other logit of such a row, or each of all rows, lies so low instead: the same, but for a wrong maximum.
     Lower where the dots' operands are narrow, and where they are rounded: there would be no bound left to judge by.
     """
     rise = 25 if plan.shape.types in ROUNDED else 120 if TYPES[plan.shape.types][2] == "float32" else 100
+    if plan.seed % 4 == 3:
+        queries[..., 0] = 2
+        keys[..., 0] -= np.float32(rise / scale / 2)
+        return
     for s, low, high in layout.spans:
         rows, start = plan.lengths[s][0], int(layout.starts[s])
         cliffs = ((high - 1, start), (low, start + rows - 1))  # the future of one, before the window of the other
         for key, row in cliffs if rows > 1 else cliffs[plan.seed % 2 :][:1]:  # of one row, a maximum that comes last
             q = queries[row, :: plan.shape.group]  # [Hkv, D]
             square = np.maximum(np.sum(q * q, axis=-1, keepdims=True), plan.shape.head_dim / 4)
-            keys[_slots(plan, layout, s, np.array([key]))] += np.float32(rise / scale) * q / square
+            step = np.float32(rise / scale) * q / square
+            keys[_slots(plan, layout, s, np.array([key]))] += step
+            if plan.seed % 4 == 2:
+                keys[_slots(plan, layout, s, np.arange(low, high))] -= step
 
 
 def boundaries(shape: Shape, length: tuple[int, int], low: int, high: int) -> np.ndarray:

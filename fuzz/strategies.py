@@ -21,10 +21,12 @@ from fuzz.plan import AMPLITUDES, DATA, HOLES, ROUNDED, TABLES, TYPES, Plan, Sha
 MODES = ("mixed", "decode", "prefill", "chunk", "wild")
 # Weights by repetition.
 _DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder", "normal")
+# Only logits that neither a cap nor a sink holds overflow, or leave nothing.
+_HELD, _LOOSE = (*_DATA, "exact", "ladder", "normal", "spikes"), (*_DATA, "cliff", "cliff", "cliff", "ladder")
 CHECKS = ("second_fill",) * 30 + ("relation",) * 34 + ("plain",) * 55 + ("repeat",)
 CROWDS = 8
 LITTER = 16
-STYLES = len(_DATA) * len(MODES) * len(CHECKS) * CROWDS
+STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
 
 _DIGIT = st.integers(0, 99)
@@ -51,10 +53,11 @@ def litters(draw: st.DrawFn, pool: Sequence[Shape]) -> tuple[Plan, ...]:
 def styled(shape: Shape, style: int, seed: int) -> Plan:
     """The plan of three drawn numbers; `style` counts through data, mode, check and crowd, mixed well."""
     style = style * 7919 % STYLES  # a prime that shares no factor with it: neighbours are nothing alike
-    style, data = divmod(style, len(_DATA))
+    style, data = divmod(style, len(_HELD))
     style, mode = divmod(style, len(MODES))
     crowd, check = divmod(style, len(CHECKS))
-    return expand(shape, _DATA[data], MODES[mode], CHECKS[check], crowd, seed)
+    words = _LOOSE if shape.cap is None and not shape.sinks else _HELD
+    return expand(shape, words[data], MODES[mode], CHECKS[check], crowd, seed)
 
 
 def expand(shape: Shape, data: str, mode: str, check: str, crowd: int, seed: int) -> Plan:
@@ -78,7 +81,9 @@ def _amplitude(chance: random.Random, shape: Shape, data: str) -> float:
     amplitude = chance.choice(AMPLITUDES)
     if data == "peaky" and TYPES[shape.types][2] != "float32":
         return 0.35 if shape.types in ROUNDED else 0.7
-    return min(amplitude, 0.5) if data == "ladder" and shape.types in ROUNDED else amplitude
+    if data == "ladder":
+        return 0.5 if shape.types in ROUNDED else max(amplitude, 1.0)
+    return amplitude
 
 
 def _count(chance: random.Random, crowd: int, seqs: int) -> int:

@@ -159,14 +159,17 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
         for plan in chunk.plans:
             _one(pipe, state, plan)
         return
-    pool = open_shapes(state, chunk.judged_before)
-    if not pool:
+    if not open_shapes(state, chunk.judged_before):
         pipe.send(("barren",))
         return
-    fresh = _fresh(state, pool, chunk)[: chunk.cases]
-    for plan in fresh:
-        _one(pipe, state, plan)
-    left = chunk.cases - len(fresh)
+    left = chunk.cases
+    # The first few cases of all show whether the target compiles: if not, more shapes are opened at once.
+    for judged in (chunk.judged_before,) if chunk.judged_before else (0, FIRST_SHAPES * FRESH):
+        pool = open_shapes(state, judged)
+        fresh = _fresh(state, pool, chunk)[:left]
+        for plan in fresh:
+            _one(pipe, state, plan)
+        left -= len(fresh)
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
