@@ -164,8 +164,8 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
         return
     left = chunk.cases
     # The first few cases of all show whether the target compiles: if not, more shapes are opened at once.
-    for judged in (chunk.judged_before,) if chunk.judged_before else (0, FIRST_SHAPES * FRESH):
-        pool = open_shapes(state, judged)
+    for before in (chunk.judged_before,) if chunk.judged_before else (0, FIRST_SHAPES * FRESH):
+        pool = open_shapes(state, before)
         fresh = _fresh(state, pool, chunk)[:left]
         for plan in fresh:
             _one(pipe, state, plan)
