@@ -25,6 +25,7 @@ _DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder
 _HELD, _LOOSE = (*_DATA, "exact", "ladder", "normal", "spikes"), (*_DATA, "cliff", "cliff", "cliff", "ladder")
 CHECKS = ("second_fill",) * 30 + ("relation",) * 34 + ("plain",) * 55 + ("repeat",)
 CROWDS = 8
+LONG = 2**15 - 2  # contexts past it are dear
 LITTER = 16
 STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
@@ -101,6 +102,8 @@ def _lengths(
     for _ in range(count):
         context = chance.choice(contexts)
         rows = _rows(chance, mode, context, left)
+        if context > LONG:  # tens of milliseconds a row: one sequence of a case, and two rows of it
+            contexts, rows = tuple(c for c in contexts if c <= LONG), min(rows, 2)
         left -= rows
         chosen.append((rows, context))
     return tuple(chosen)
@@ -127,8 +130,8 @@ def likely_contexts(shape: Shape) -> tuple[int, ...]:
     for step in {shape.page, 8, 16, 32, 64, 128, shape.window or 1}:
         edges.update(k * step + off for k in (1, 2, 3) for off in (-1, 0, 1))
     if capacity > 2**15:
-        edges = {2**15 - 1, 2**15, 2**15 + 1, 2**15 + 200, capacity, capacity - 1, 1, 5}
-        return tuple(sorted(e for e in edges if 0 <= e <= capacity))
+        edges = {2**15 - 1, 2**15, 2**15 + 1, 2**15 + 200, capacity, capacity - 1}
+        return (*sorted(edges), *(1, 5) * 6)
     inside = sorted(e for e in edges if 0 <= e <= capacity)
     spread = [round(i * capacity / len(inside)) for i in range(len(inside))]
     return (*inside, *spread)
@@ -139,7 +142,7 @@ def power_contexts(shape: Shape) -> tuple[int, ...]:
     """Contexts whose last row sees a power of two of keys: what the exact stratum can judge."""
     powers = [1 << k for k in range(shape.capacity.bit_length()) if 1 << k <= shape.capacity]
     if shape.capacity > 2**15:  # what such a shape is for
-        powers = [1, 2**15, 2**15]
+        powers = [1, 1, 2**15]
     window = shape.window
     if window is not None and window & (window - 1) == 0:
         powers += [c for c in likely_contexts(shape) if c >= window] or [powers[-1]]

@@ -29,12 +29,12 @@ from fuzz.strategies import LITTER, STYLES, litters, styled
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
-# The first 20,000 cases open 32 shapes in each half: with the relations that compile, and what is compiled ahead, 40
-# compilations in any 10,000 that follow each other. They open early in them, since all pairs of features are seen when
-# 51 shapes are; but three by three, so that the first case need not wait for many. A compilation costs as much as 500
-# cases, so that later ones are fewer: 95 % of all triples are seen in 160 shapes.
-PERIOD, SHAPES_A_PERIOD, FIRST_SHAPES, CASES_A_SHAPE = 10_000, 32, 3, 30
-EARLY_PERIODS, CASES_A_LATER_SHAPE = 2, 833
+# (cases, a shape after each so many of them): some soon, since a bug that wants a feature is found when a shape has it;
+# then as many as go into 40 compilations in any 10,000 cases, with the relations that compile and what is compiled
+# ahead, until 51 hold all pairs of features; then fewer, for a compilation costs as much as 500 cases. 95 % of all
+# triples are seen in 160 shapes.
+FIRST_SHAPES = 3
+PACE = ((300, 30), (19_680, 510), (10**9, 1500))
 FRESH = 4  # cases of a shape that come first when it is opened
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
 # Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do
@@ -141,10 +141,11 @@ def wanted_shapes(judged: int, cheap: bool = False) -> int:
     """How many shapes are open after so many cases."""
     if cheap:
         return CHEAP_SHAPES + judged // CASES_A_CHEAP_SHAPE
-    periods, since = divmod(judged, PERIOD)
-    if periods >= EARLY_PERIODS:
-        return SHAPES_A_PERIOD * EARLY_PERIODS + (judged - PERIOD * EARLY_PERIODS) // CASES_A_LATER_SHAPE
-    return SHAPES_A_PERIOD * periods + min(SHAPES_A_PERIOD, FIRST_SHAPES + since // CASES_A_SHAPE)
+    shapes, since = FIRST_SHAPES, 0
+    for until, cases in PACE:
+        shapes += max(0, min(judged, until) - since) // cases
+        since = until
+    return shapes
 
 
 def why_not(shape: Shape, target: Target) -> str | None:

@@ -262,8 +262,14 @@ def capped_error(block: Block, solved: Solved, dx: np.ndarray, claim: Claim) -> 
         return dx
     x = np.abs(solved.x)
     dx = dx + 2 * claim.u * x
-    nearest = np.minimum(np.maximum(x - dx, 0) / c, 300.0)  # cosh(300)**2 is still finite
-    return dx / np.cosh(nearest) ** 2 + (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z) + c * TINY
+    slope = np.maximum(x - dx, 0)  # where it is steepest
+    slope *= -2 / c
+    np.exp(slope, out=slope)  # 1 / cosh(y)**2 is 4 t / (1 + t)**2 with t = exp(-2 y): exp is ten times as fast as cosh
+    slope *= 4 / (1 + slope) ** 2
+    dx *= slope
+    dx += (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z)
+    dx += c * TINY
+    return dx
 
 
 def weight_error(dz: np.ndarray, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
