@@ -42,6 +42,7 @@ SPLIT = {"ctas": 1, "least_chunk": 64, "decode_block": 64, "mixed_chunk": 64}
 SMALL = Shape(rows=6, seqs=5, pages_per_seq=24, pages=60, page=8, q_heads=4, kv_heads=2, head_dim=64)
 TILED = dataclasses.replace(SMALL, rows=136, seqs=2, q_heads=2, kv_heads=1, head_dim=16)
 BOTH = dataclasses.replace(SMALL, rows=40, q_heads=2, kv_heads=1)
+PACKED = dataclasses.replace(SMALL, rows=136, seqs=2, q_heads=8)
 FED = dataclasses.replace(SMALL, rows=136)
 BF16 = {"dtype": "bfloat16", "compute_dtype": "bfloat16"}
 SCALES = {"k_scale": np.array([0.5, 1.25], np.float32), "v_scale": np.array([2.0, 0.1], np.float32)}
@@ -114,6 +115,8 @@ KERNELS: dict[str, Callable[[], Case]] = {
         **BF16,
     ),
     "prefill_window": lambda: build((70, 9), (190, 9), TILED, sliding_window=128, **BF16),
+    # A window so short that a tile's keys are one block, and heads share a warpgroup; nobody's rows before and after.
+    "prefill_packed": lambda: build((70, 9), (190, 9), PACKED, sliding_window=100, sinks=True, first_row=3, **BF16),
     "prefill_odd_group": lambda: build(
         (130,),
         (131,),
@@ -325,8 +328,8 @@ def prove_order() -> None:
         tiling = prefill_work.Tiling(plan.tile_bound(shape, count, 64, 1), 128, 2, 13)
         told, fields = (np.asarray(x) for x in plan.prefill_tiles(owners_of(lengths, contexts), shape, tiling, 1))
         total, pairs = int(told[count - 1]), 2 * heads
-        told_of = jnp.asarray(told[: count + 2])
-        place = jax.vmap(functools.partial(prefill_work.place_of, count_ref=told_of, shape=shape, tiling=tiling))
+        deal = prefill_work.dealt(jnp.asarray(told[: count + 2]))
+        place = jax.vmap(functools.partial(prefill_work.place_of, deal=deal, shape=shape, tiling=tiling))
         tile, pair = (np.asarray(x) for x in place(jnp.arange(total * pairs)))
         assert len(set(zip(tile.tolist(), pair.tolist(), strict=True))) == total * pairs
         assert tile.max() < total

@@ -23,6 +23,7 @@ CAUGHT_BY = {
     "places_unequal": "places", "unit_forgotten": "decode_fp8",
     "values_of_next": "prefill_pair", "dead_values": "tiles", "heads_dealt_twice": "order",
     "scores_unawaited": "prefill_three",
+    "packed_unmasked": "prefill_packed", "packed_keys_of_first": "prefill_packed",
     "head_repeated": "decode_one_split", "pages_of_first_block": "decode_group_8",
     "halved_unfenced": "prefill_fp8", "joined_at_sequence": "mixed_splits",
 }  # fmt: skip

@@ -101,8 +101,13 @@ def prefill_tiles(own: Owners, shape: Shape, tiling: prefill_work.Tiling, shorte
     heads, groups = jnp.int32(shape.kv_heads), jnp.int32(1)
     if prefill_work.grouped(shape, tiling):
         group = jnp.zeros_like(keys_through)
-        if shape.window is None:
-            room = (tiling.near << 20) // (2 * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize)  # keys of a head
+        room = (tiling.near << 20) // (2 * shape.head_dim * jnp.dtype(shape.pages_dtype).itemsize)  # keys of a head
+        if shape.window is not None:
+            # What tiles at work see of one head, about; all heads at once where few tiles would make uneven groups.
+            heads = heads_at_once(room, jnp.minimum(own.longest, shape.window * 3 // 2), shape.kv_heads)
+            several = through[-1] * heads * (shape.group // tiling.heads(shape)) >= 3 * tiling.ctas * tiling.teams
+            heads = jnp.where(several, heads, shape.kv_heads)
+        else:
             heads = heads_at_once(room, own.longest, shape.kv_heads)
             group = jnp.maximum(keys_through - 1, 0) // jnp.maximum(room // heads, 1)
         groups = group[-1] + 1
@@ -127,11 +132,11 @@ def heads_at_once(room: int, context, kv_heads: int):
 
 def unclean(position, begin, end, context, first, shape: Shape, tiling: prefill_work.Tiling):
     """Whether blocks of a tile hold slots that no row of its sequence sees: 1 past the context, 2 before the window."""
-    run = piece(shape.page, tiling.block)
+    run = tiling.piece(shape)
     past = (ceil_div(position + end, run) * run > context).astype(jnp.int32)
     if shape.window is None:
         return past
-    _, base = first_key(position + begin, shape.window, tiling.block)
+    _, base = first_key(position + begin, shape.window, tiling.align)
     return past + 2 * (base < first - (shape.window - 1))
 
 

@@ -50,9 +50,8 @@ from rpa.backends.pallas_gpu.tiles import (
     Shape,
     ceil_div,
     drain,
+    entry_of,
     halved,
-    page_of,
-    piece,
     widen,
 )
 
@@ -64,11 +63,10 @@ def produce(
     tiling: Tiling,
 ) -> None:  # fmt: skip
     """The producer warp: the queries of each tile and its `streams` (0: keys, 1: values), last blocks first."""
-    heads = tiling.heads(shape)
     fill = functools.partial(fill_slot, kv_ref=kv_ref, s=s, shape=shape, tiling=tiling)
 
     def body(item: Item, step, nth):
-        run = piece(shape.page, tiling.block)
+        run = tiling.piece(shape)
         last = lax.div(item.stop - 1, I32(run)) * run
 
         def keys(i):
@@ -77,12 +75,13 @@ def produce(
             return [jnp.maximum(jnp.minimum(key + j * run, last), 0) for j in range(tiling.block // run)]
 
         def pages(i):
-            return [page_of(k, item.sequence, tables_ref, shape)[0] for k in keys(i)]
+            return [entry_of(k, item.sequence, tables_ref, shape) for k in keys(i)]
 
         def block(i, found):
             # Page ids are loaded a block ahead, so that their latency hides behind the waits for this one.
             following = pages(i + 1) if tiling.fetch else found
-            places = list(zip(keys(i), found if tiling.fetch else pages(i), strict=True))
+            found = found if tiling.fetch else pages(i)
+            places = [(k, jnp.clip(e, 0, shape.pages - 1)) for k, e in zip(keys(i), found, strict=True)]
             for which in streams:
                 fill(which, item.kv_head, step + i, places)
             return following
@@ -98,10 +97,11 @@ def produce(
         held = lax.rem(nth, I32(tiling.queries))
         pl.when(nth >= tiling.queries)(lambda: plgpu.barrier_wait(s.q_free.at[held]))
         for w in range(tiling.wgs):
-            rows = pl.ds(item.token + (0 if heads == 2 else w * M), M)
-            source = q_ref.at[rows, item.head + (w if heads == 2 else 0)]
             place = tiling.wgs * held + w
-            plgpu.copy_gmem_to_smem(source, s.q.at[place], s.q_full.at[place])
+            for first, token, head in parts(w, shape, tiling):
+                source = q_ref.at[pl.ds(item.token + token, tiling.rows(shape)), item.head + head]
+                target = part(s.q, place, first, tiling.rows(shape))
+                plgpu.copy_gmem_to_smem(source, target, s.q_full.at[place])
         lax.fori_loop(early, item.blocks, block, found)
 
     steps, nth = for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
@@ -112,9 +112,21 @@ def produce(
         drain(tiling.stages, steps, s.v_free)
 
 
+def parts(wg: int, shape: Shape, tiling: Tiling) -> list[tuple[int, int, int]]:
+    """(first row of the warpgroup's, token, head), both from the tile's first, of each head that `wg` has rows of."""
+    if tiling.packed:
+        return [(j * tiling.rows(shape), wg * tiling.rows(shape), j) for j in range(tiling.packed)]
+    return [(0, 0, wg) if tiling.heads(shape) == 2 else (0, wg * M, 0)]
+
+
+def part(ref, place, first: int, rows: int):
+    """Rows first..first + rows - 1 of a place of M rows."""
+    return ref.at[place] if rows == M else ref.at[place, pl.ds(first, rows)]
+
+
 def fill_slot(which: int, kv_head, step, places, kv_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """Copies the keys (`which` 0) or values of one block, page by page, into the slot of `step`."""
-    run, slot, stages = piece(shape.page, tiling.block), tiling.slots(step)[which], tiling.stages
+    run, slot, stages = tiling.piece(shape), tiling.slots(step)[which], tiling.stages
     stages += tiling.more * (1 - which)
     ring, full, free = ((s.k, s.k_full, s.k_free), (s.v, s.v_full, s.v_free))[which]
     pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
@@ -153,21 +165,22 @@ def consume(
     wg, team, count_ref, tiles_ref, scalars: Heads, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling
 ) -> None:
     """One consumer warpgroup, `wg` 0 or 1 of its team: an online softmax over each tile, its rows to memory."""
-    heads, d = tiling.heads(shape), shape.head_dim
+    apart, d, most = tiling.packed or tiling.heads(shape) == 1, shape.head_dim, tiling.rows(shape)
 
     def body(item: Item, step, nth):
         held = lax.rem(nth, I32(tiling.queries))
         place = tiling.wgs * held + wg
-        ahead = 0 if heads == 2 else wg * M
+        ahead = wg * most if apart else 0
         mine = item._replace(
             token=item.token + ahead,
-            begin=jnp.clip(item.begin - ahead, 0, M),
-            end=jnp.clip(item.end - ahead, 0, M),
+            begin=jnp.clip(item.begin - ahead, 0, most),
+            end=jnp.clip(item.end - ahead, 0, most),
             position=item.position + ahead,
-            head=item.head + (wg if heads == 2 else 0),
+            head=item.head + (0 if apart else wg),
             scale=shape.scale if scalars.k_scale is None else shape.scale * scalars.k_scale[item.kv_head],
         )
-        sink = None if scalars.sinks is None else scalars.sinks[mine.head]  # loaded long before it is needed
+        # Loaded long before it is needed.
+        sink = None if scalars.sinks is None else sink_of(mine.head, scalars.sinks, shape, tiling)
         plgpu.barrier_wait(s.q_full.at[place])
         if shape.operands != shape.dtype:
             queries = lax.bitcast_convert_type(s.q.at[place][...], jnp.dtype(shape.dtype))
@@ -190,7 +203,7 @@ def consume(
         if tiling.memory != SHARED:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
         staged = place if tiling.memory == SHARED else wg
-        store(staged, wg, mine, state, sink, o_ref, lse_ref, s, shape)
+        store(staged, wg, mine, state, sink, o_ref, lse_ref, s, shape, tiling)
         if tiling.memory == SHARED:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(s.q_free.at[held])
@@ -203,6 +216,18 @@ def consume(
     if taking:
         pl.when(wg == 0)(lambda: plgpu.barrier_wait(s.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
+
+
+def sink_of(head, sinks_ref, shape: Shape, tiling: Tiling):
+    """The sink of a warpgroup's rows: one number, or one a row where they are of several heads."""
+    if not tiling.packed:
+        return sinks_ref[head]
+    # By columns of what is then reduced, as there is no counting of rows in the layout of one value a row.
+    mine = lax.div(plgpu.broadcasted_iota(jnp.int32, (M, 8), 0, layout=WG), I32(tiling.rows(shape)))
+    each = jnp.where(mine == 0, sinks_ref[head], -jnp.inf)
+    for j in range(1, tiling.packed):
+        each = jnp.where(mine == j, sinks_ref[head + j], each)
+    return each.max(axis=1)
 
 
 # ------------------------------------------------------------------ output
@@ -222,36 +247,50 @@ def normalised(state, sink, shape: Shape):
     return acc * along(scale / l, acc), (top + jnp.log2(l)) / LOG2E
 
 
-def store(place, wg, mine: Item, state, sink, o_ref, lse_ref, s: Scratch, shape: Shape) -> None:
+def store(place, wg, mine: Item, state, sink, o_ref, lse_ref, s: Scratch, shape: Shape, tiling: Tiling) -> None:
     """Rows to memory: a full tile by one TMA, a partial one by its binary parts, so that no neighbour is touched."""
     out, lse = normalised(state, sink, shape)
     out = lax.bitcast_convert_type(out.astype(shape.dtype), jnp.dtype(shape.operands))
-    rows = mine.end - mine.begin
+    rows, most = mine.end - mine.begin, tiling.rows(shape)
+    each = [(j * most, mine.head + j) for j in range(max(tiling.packed, 1))]  # first row and number of each head
 
     def whole():
         s.out.at[place][...] = out
+        if lse_ref is not None and tiling.packed:
+            s.lse.at[wg][...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s.out.at[place], o_ref.at[pl.ds(mine.token, M), mine.head])
-        if lse_ref is not None:
+        for first, head in each:
+            source = part(s.out, place, first, most)
+            plgpu.copy_smem_to_gmem(source, o_ref.at[pl.ds(mine.token, most), head])
+        if lse_ref is not None and tiling.packed:
+            put_lse(wg, mine, each, lse_ref, s)
+        elif lse_ref is not None:
             lse_ref[pl.ds(mine.token, M), mine.head] = lse
 
     # A swizzled copy asks for whole eights of rows, of the array too; else whole tiles leave as partial ones do.
-    at_once = shape.tokens >= M and shape.tokens % 8 == 0
+    at_once = shape.tokens >= most and shape.tokens % 8 == 0
     if at_once:
-        pl.when(rows == M)(whole)
+        pl.when(rows == most)(whole)
 
-    @pl.when((rows > 0) & ((rows < M) if at_once else True))
+    @pl.when((rows > 0) & ((rows < most) if at_once else True))
     def _():
         stage_rows(out, s.tail.at[place])
         if lse_ref is not None:
             s.lse.at[wg][...] = lse
         plgpu.commit_smem()
-        put_rows(mine, s.tail.at[place], o_ref, shape)
+        for first, head in each:
+            put_rows(mine, head, part(s.tail, place, first, most), o_ref, shape)
         if lse_ref is not None:
+            put_lse(wg, mine, each, lse_ref, s)
 
-            @pl.loop(mine.begin, mine.end)
-            def _(i):
-                lse_ref[mine.token + i, mine.head] = s.lse[wg, i]
+
+def put_lse(wg, mine: Item, each, lse_ref, s: Scratch) -> None:
+    """Lse of the live rows to memory, one by one: of each head the first row and the number."""
+    for first, head in each:
+
+        @pl.loop(mine.begin, mine.end)
+        def _(i, first=first, head=head):
+            lse_ref[mine.token + i, head] = s.lse[wg, first + i]
 
 
 def stage_rows(out, tail_ref) -> None:
@@ -264,24 +303,24 @@ def stage_rows(out, tail_ref) -> None:
         tail_ref.at[:, pl.ds(column, 16)][...] = out[:, column : column + 16]
 
 
-def put_rows(mine: Item, tail_ref, o_ref, shape: Shape) -> None:
+def put_rows(mine: Item, head, tail_ref, o_ref, shape: Shape) -> None:
     """Copies rows begin..end-1 of a tile: in binary parts, or one by one where padding parts them."""
     d, rows = shape.head_dim, mine.end - mine.begin
 
     def put(first, count):
         plgpu.copy_smem_to_gmem(
-            tail_ref.at[pl.ds(first, count)], o_ref.at[pl.ds(mine.token + first, count), mine.head]
+            tail_ref.at[pl.ds(first, count)], o_ref.at[pl.ds(mine.token + first, count), head]
         )
 
     if d % 64:
 
         @pl.loop(mine.begin, mine.end)
         def _(i):
-            target = o_ref.at[pl.ds(mine.token + i, 1), mine.head]
+            target = o_ref.at[pl.ds(mine.token + i, 1), head]
             plgpu.copy_smem_to_gmem(tail_ref.at[pl.ds(i, 1), pl.ds(0, d)], target)
 
         return
-    for bit in (bit for bit in (64, 32, 16, 8, 4, 2, 1) if bit <= shape.tokens):
+    for bit in (bit for bit in (64, 32, 16, 8, 4, 2, 1) if bit <= min(shape.tokens, tail_ref.shape[0])):
         done = mine.begin + (rows & ~(2 * bit - 1))
         pl.when((rows & bit) != 0)(lambda bit=bit, done=done: put(done, bit))
 
@@ -387,7 +426,7 @@ def attend(q, kv_pages, tables, count, tiles, scalars: Heads, shape: Shape, tili
         grid_names=("cta",),
         num_threads=tiling.wgs * tiling.teams + 1 + (tiling.raw > 0),
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=128 if tiling.packed else 512),
         kernel_name="rpa_prefill",
     )(*args)
     output = lax.bitcast_convert_type(results[0], jnp.dtype(shape.dtype))

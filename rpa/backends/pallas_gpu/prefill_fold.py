@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rpa.backends.pallas_gpu.prefill_work import WG, Item, M, Scratch, Tiling
-from rpa.backends.pallas_gpu.tiles import I32, LOG2E, Shape, ceil_div, zero_unseen
+from rpa.backends.pallas_gpu.prefill_work import ALIGN, WG, Item, M, Scratch, Tiling
+from rpa.backends.pallas_gpu.tiles import FLOOR, I32, LOG2E, Shape, ceil_div, first_key, zero_unseen
 
 
 class Fold(NamedTuple):
@@ -49,6 +49,8 @@ class Fold(NamedTuple):
 def fold_all(f: Fold, state, freed):
     """Folds every block of the tile into (acc [M, D], m [M], l [M]); `freed()` once the queries are read no more."""
     item, shape, tiling = f.item, f.shape, f.tiling
+    if tiling.packed:
+        return fold_once(f, state, freed)
     first, second = whole_blocks(f, item)
     # A long window and the causal edge never cut one block both: then each is looked at where it cuts.
     apart = shape.window is not None and shape.window >= tiling.tokens(shape) + tiling.block - 1
@@ -90,6 +92,70 @@ def whole_blocks(f: Fold, rows: Item) -> tuple:
         unseen = jnp.maximum(rows.position + rows.end - f.shape.window - item.base, 0)
         start = jnp.minimum(ceil_div(unseen, f.tiling.block), item.blocks)
     return item.blocks - jnp.maximum(end, start), item.blocks - start
+
+
+# ------------------------------------------------------------------ all keys at once
+
+
+def fold_once(f: Fold, state, freed):
+    """Folds the one block of a tile in a window: one maximum, one sum, and nothing is ever rescaled."""
+    window, step, span = f.shape.window, ALIGN, f.tiling.span(f.shape)
+    assert window is not None, "without a window no block holds all keys"
+    _, base = first_key(f.mine.position + f.mine.begin, window, ALIGN)
+    begin = jnp.clip(base - f.item.base, 0, f.tiling.block - span)  # of the warpgroup's keys in the block
+
+    def weigh(x, edges: bool):
+        """(weights, m, l) of the scores `x`; only columns that the edges of a window cut are masked, unless `edges`."""
+        seen = f.mine.position - f.item.base - begin + lax.rem(iota((M, step), 0), I32(f.tiling.rows(f.shape)))
+        column, parts = iota((M, step), 1), []
+        x, unit = logits(x, f.mine.scale, f.shape)
+        for first in range(0, span, step):
+            z = x[:, first : first + step]
+            if edges or first + step > window:
+                z = jnp.where(column <= seen - first, z, -jnp.inf)
+            if first < f.tiling.rows(f.shape) + ALIGN - 2:
+                z = jnp.where(column > seen - first - window, z, -jnp.inf)
+            parts.append(z)
+        # Column by column of the steps, in their order: which step is a tile's first changes no row's bits.
+        m = jnp.maximum(FLOOR, functools.reduce(jnp.maximum, parts).max(axis=1) * unit)
+        parts = [jnp.exp2(z * unit - along(m, z)) for z in parts]
+        l = functools.reduce(jnp.add, parts).sum(axis=1)
+        return lax.concatenate([p.astype(f.shape.operands) for p in parts], 1), m, l
+
+    def fold(_):
+        keys, values = f.slots(0)
+        plgpu.barrier_wait(f.s.k_full.at[keys])
+
+        def multiply(x_ref):
+            plgpu.wgmma(x_ref, f.s.q.at[f.place], f.s.k.at[keys, pl.ds(begin, span)].transpose((1, 0)))
+            return x_ref[...]
+
+        x = pl.run_scoped(multiply, plgpu.ACC((M, span), jnp.float32))
+        plgpu.barrier_arrive(f.s.k_free.at[keys])
+        freed()
+        inside = f.mine.position + f.mine.begin >= window - 1
+        weights, m, l = lax.cond(inside, lambda: weigh(x, False), lambda: weigh(x, True))
+        weights = operand(f, weights)
+        plgpu.barrier_wait(f.s.v_full.at[values])
+        clean_values(f, 0)
+
+        def add(acc_ref):
+            plgpu.wgmma(acc_ref, weights, f.s.v.at[values, pl.ds(begin, span)])
+            return acc_ref[...]
+
+        acc = pl.run_scoped(add, plgpu.ACC((M, f.shape.head_dim), jnp.float32))
+        plgpu.barrier_arrive(f.s.v_free.at[values])
+        return acc, m, l
+
+    def none(state):
+        freed()
+        return state
+
+    return lax.cond(f.item.blocks > 0, fold, none, state)
+
+
+def iota(shape, axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WG)
 
 
 # ------------------------------------------------------------------ whose turn it is

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rpa.backends.pallas_gpu.tiles import I32, Ring, Shape, ceil_div, first_key, piece, smem
 
 M = 64  # rows of a warpgroup's wgmma
+ALIGN = 16  # keys of one step of a product: what a tile that sees one block begins at a multiple of
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row, replicated along it
 WG = plgpu.Layout.WGMMA
 
@@ -52,13 +54,33 @@ class Tiling(NamedTuple):
         """Where the keys and the values of a step are."""
         return lax.rem(step, I32(self.stages + self.more)), lax.rem(step, I32(self.stages))
     raw: int = 0  # ring slots of stored numbers, where a warpgroup converts them; one team only
+    packed: int = 0  # heads whose rows share a warpgroup, where one block holds all keys that a tile in a window sees
 
     def heads(self, shape: Shape) -> int:
         """Heads of a group that one tile serves."""
+        if self.packed:
+            return self.packed
         return 2 if shape.group % 2 == 0 and self.wgs == 2 else 1
+
+    @property
+    def align(self) -> int:
+        """Where blocks start in the cache: at multiples of this many keys."""
+        return ALIGN if self.packed else self.block
+
+    def span(self, shape: Shape) -> int:
+        """Keys of a block that one warpgroup multiplies."""
+        return self.block - (self.wgs - 1) * self.rows(shape) if self.packed else self.block
+
+    def rows(self, shape: Shape) -> int:
+        """Query tokens whose rows one warpgroup has."""
+        return M // max(self.packed, 1)
 
     def tokens(self, shape: Shape) -> int:
         return self.wgs * M // self.heads(shape)
+
+    def piece(self, shape: Shape) -> int:
+        """Keys of one copy."""
+        return math.gcd(piece(shape.page, self.align), self.block)
 
 
 class Item(NamedTuple):
@@ -114,7 +136,7 @@ def place_rows(d: int) -> tuple[int, int]:
 
 def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     d, dtype = shape.head_dim, shape.operands
-    copies = tiling.block // piece(shape.page, tiling.block)
+    copies = tiling.block // tiling.piece(shape)
     keys = functools.partial(plgpu.Barrier, num_barriers=tiling.stages + tiling.more)
     ring = functools.partial(plgpu.Barrier, num_barriers=tiling.stages)
     wgs, held = tiling.wgs, tiling.wgs * tiling.queries
@@ -123,6 +145,9 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
     q, tail = smem((held, M, d), dtype), plgpu.SMEM((staged, padded_rows, -(-d // 64) * 64), jnp.dtype(dtype))
     out = smem((staged, rows, d), dtype)
     both = plgpu.RefUnion(out, tail)
+    # A product takes its rows by the length of a swizzled line: 64 of them, or 32 where a block is no multiple of 64.
+    like = next((n for n in (64, 32, 16) if tiling.span(shape) % n == 0), None)
+    like = None if like == 64 else like
     raw, filled = (), copies
     if tiling.raw:
         stored = smem((tiling.raw, tiling.block, d), shape.stored)
@@ -133,10 +158,10 @@ def scratch_types(shape: Shape, tiling: Tiling) -> Scratch:
         out=(out, both, ())[tiling.memory],
         tail=tail if tiling.memory == APART else (),
         k=smem((tiling.stages + tiling.more, tiling.block, d), dtype),
-        v=smem((tiling.stages, tiling.block, d), dtype),
+        v=smem((tiling.stages, tiling.block, d), dtype, like=like),
         lse=plgpu.SMEM((wgs, M), jnp.float32),
-        p=smem((wgs, M, tiling.block), dtype, like=d) if tiling.staged else (),
-        q_full=plgpu.Barrier(num_barriers=held),
+        p=smem((wgs, M, tiling.span(shape)), dtype, like=like or d) if tiling.staged else (),
+        q_full=plgpu.Barrier(num_barriers=held, num_arrivals=max(tiling.packed, 1)),
         q_free=plgpu.Barrier(num_barriers=tiling.queries, num_arrivals=wgs),
         k_full=keys(num_arrivals=filled),
         v_full=ring(num_arrivals=filled),
@@ -194,7 +219,7 @@ def item_of(fields, pair, shape: Shape, tiling: Tiling) -> Item:
     """The tile of one entry of the list (token / 8, begin, end, position, sequence, dirty) for a pair, and its keys."""
     token, begin, end, position, sequence, dirty = fields
     head = pair * tiling.heads(shape)
-    low, base = first_key(position + begin, shape.window, tiling.block)
+    low, base = first_key(position + begin, shape.window, tiling.align)
     stop = jnp.maximum(position + end, 0)
     blocks = ceil_div(jnp.maximum(stop - base, 0), tiling.block)
     kv_head = lax.div(head, I32(shape.group))
@@ -206,12 +231,17 @@ def grouped(shape: Shape, tiling: Tiling) -> bool:
     return tiling.near > 0 and (shape.window is None or shape.window > 16 * tiling.block)
 
 
-def place_of(index, count_ref, shape: Shape, tiling: Tiling):
+def dealt(count_ref) -> tuple:
+    """(tiles, pairs at once, whether groups are odd in number), as `told` has them."""
+    return tuple(count_ref[count_ref.shape[0] - 3 + field] for field in range(3))
+
+
+def place_of(index, deal: tuple, shape: Shape, tiling: Tiling):
     """(tile, pair) of the `index`th item: some pairs of every tile, then the next; back through the list, and on."""
     pairs = shape.q_heads // tiling.heads(shape)
     if not grouped(shape, tiling):
         return lax.div(index, I32(pairs)), lax.rem(index, I32(pairs))
-    tiles, at_once, odd = (count_ref[count_ref.shape[0] - 3 + field] for field in range(3))
+    tiles, at_once, odd = deal
     several = jnp.maximum(tiles * at_once, 1)
     group = lax.div(index, several)
     within = index - group * several
@@ -229,13 +259,14 @@ def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body
     of the next item is loaded before this one is worked on.
     """
     pairs = shape.q_heads // tiling.heads(shape)
-    total, n = count_ref[count_ref.shape[0] - 3] * pairs, tiling.ctas * tiling.teams
+    deal = dealt(count_ref)  # once: loaded for each item, it cost 2 % of 1 x 8k
+    total, n = deal[0] * pairs, tiling.ctas * tiling.teams
 
     def index_of(i):
         return i * n + jnp.where(lax.rem(i, I32(2)) == 0, team, n - 1 - team)
 
     def load(i):
-        tile, pair = place_of(jnp.clip(index_of(i), 0, jnp.maximum(total - 1, 0)), count_ref, shape, tiling)
+        tile, pair = place_of(jnp.clip(index_of(i), 0, jnp.maximum(total - 1, 0)), deal, shape, tiling)
         return tuple(tiles_ref[field, tile] for field in range(6)), pair
 
     def loop(i, carry):

@@ -110,6 +110,11 @@ def first_key(position, window: int | None, align: int):
     return low, lax.div(low, I32(align)) * align
 
 
+def entry_of(key, sequence, tables_ref, shape: Shape):
+    """What the block table says of a key's page, right or wrong."""
+    return tables_ref[sequence, jnp.minimum(lax.div(key, I32(shape.page)), shape.table_width - 1)]
+
+
 def page_of(key, sequence, tables_ref, shape: Shape):
     """(page id inside the pool, slot, 1 if the entry is none) of a key; no address outside the pool is ever formed."""
     column = jnp.minimum(lax.div(key, I32(shape.page)), shape.table_width - 1)
@@ -188,8 +193,10 @@ def zero_unseen(v_ref, first, low, stop) -> None:
     width = (
         64 if d % 64 == 0 else d
     )  # a slice at a time: the whole tile would not fit beside the accumulators
-    keys = first + plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=plgpu.Layout.WGMMA)
-    seen = (keys >= low) & (keys < stop)
-    for column in range(0, d, width):
-        part = v_ref.at[:, pl.ds(column, width)]
-        part[...] = jnp.where(seen, part[...], jnp.zeros((), v_ref.dtype))
+    # By 64 rows, as the layout has them; the last ones overlap where the block is no multiple of that.
+    for row in sorted({*range(0, block - 63, 64), block - 64}):
+        keys = first + row + plgpu.broadcasted_iota(jnp.int32, (64, width), 0, layout=plgpu.Layout.WGMMA)
+        seen = (keys >= low) & (keys < stop)
+        for column in range(0, d, width):
+            part = v_ref.at[pl.ds(row, 64), pl.ds(column, width)]
+            part[...] = jnp.where(seen, part[...], jnp.zeros((), v_ref.dtype))
