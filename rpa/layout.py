@@ -49,7 +49,7 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
     begin = jnp.where(live, inputs.query_start_loc[:-1], 0)
     end = jnp.where(live, inputs.query_start_loc[1:], 0)
     # Rows below every earlier offset are taken: garbage offsets cannot make two sequences write one row.
-    start = jnp.clip(jax.lax.cummax(begin), 0, total)
+    start = jnp.clip(running_max(begin), 0, total)
     stop = jnp.clip(end, start, total)
     context = jnp.where(live, inputs.context_lens, 0)
     valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
@@ -77,22 +77,50 @@ def _live_entries(start, stop, context, signature: Signature):
     return seen & (stop > start)[:, None]
 
 
+def unowned(signature: Signature, ragged: Ragged):
+    """What rows hold that no sequence writes: 0 and -inf, NaN where the sequence is invalid.
+
+    Returns:
+        [T, Hq, D] in the queries' dtype, and float32 [T, Hq].
+    """
+    shape = (signature.num_tokens, signature.num_q_heads)
+    bad = _covered(ragged.start, ragged.bad_stop, signature.num_tokens)[:, None]
+    output = jnp.zeros((*shape, signature.head_dim), signature.q_dtype)
+    return jnp.where(bad[:, :, None], jnp.nan, output), jnp.where(bad, jnp.nan, jnp.full(shape, -jnp.inf))
+
+
 def finish(output, lse, signature: Signature, ragged: Ragged):
     """Give the rows that no sequence owns their 0 and -inf, and the rows of invalid sequences their NaN.
 
     Args:
         output: [T, Hq, D]; lse: float32 [T, Hq] or None.
     """
-    owned = _covered(ragged.start, ragged.stop, signature.num_tokens)
-    bad = _covered(ragged.start, ragged.bad_stop, signature.num_tokens)
-    fill = jnp.where(bad, jnp.nan, 0.0)
-    output = jnp.where(owned[:, None, None], output, fill.astype(output.dtype)[:, None, None])
-    if lse is not None:
-        lse = jnp.where(owned[:, None], lse, jnp.where(bad, jnp.nan, -jnp.inf)[:, None])
-    return output, lse
+    owned = _covered(ragged.start, ragged.stop, signature.num_tokens)[:, None]
+    output_else, lse_else = unowned(signature, ragged)
+    output = jnp.where(owned[:, :, None], output, output_else)
+    return output, None if lse is None else jnp.where(owned, lse, lse_else)
 
 
 def _covered(start, stop, rows: int):
     """bool [rows]: inside one of the half-open intervals, which do not overlap."""
-    delta = jnp.zeros(rows + 1, jnp.int32).at[start].add(1).at[stop].add(-1)
-    return jnp.cumsum(delta)[:rows] > 0
+    row = jnp.arange(rows)[:, None]
+    return jnp.any((row >= start) & (row < stop), axis=1)
+
+
+SHORT = 1024  # numbers whose running sum or maximum is one reduction of their square: XLA makes many loops of another
+
+
+def running_sum(numbers):
+    """int32 [..., n] -> the same: the sum of each and all before it."""
+    return jnp.sum(_so_far(numbers, 0), axis=-1) if numbers.shape[-1] <= SHORT else jnp.cumsum(numbers, axis=-1)
+
+
+def running_max(numbers):
+    """int32 [n] of which the first is not negative -> [n]: the largest of each and all before it."""
+    return jnp.max(_so_far(numbers, 0), axis=-1) if numbers.shape[-1] <= SHORT else jax.lax.cummax(numbers)
+
+
+def _so_far(numbers, neutral: int):
+    """[..., n, n]: in row `i` the numbers up to and with `i`."""
+    index = jnp.arange(numbers.shape[-1])
+    return jnp.where(index <= index[:, None], numbers[..., None, :], neutral)

@@ -58,12 +58,26 @@ class Tile(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One tile of one sequence, traced."""
+    """One tile of one sequence, and the page its next block begins at: one array, that XLA makes by one loop."""
 
-    first_row: jax.Array  # int32 [], row in `queries` of the tile's first row
-    rows: jax.Array  # int32 [], live rows
-    position: jax.Array  # int32 [], position of the first row, may be negative
-    sequence: jax.Array  # int32 []
+    facts: jax.Array  # int32 [6]
+
+    page = property(lambda self: self.facts[0])
+    stop = property(lambda self: self.facts[1])  # one past the last key any row sees
+    position = property(lambda self: self.facts[2])  # of the first row, may be negative
+    sequence = property(lambda self: self.facts[3])
+    first_row = property(lambda self: self.facts[4])  # row in `queries` of the tile's first row
+    rows = property(lambda self: self.facts[5])  # live rows
+
+    def next(self, pages: int) -> Item:
+        return Item(self.facts + jnp.array([pages, 0, 0, 0, 0, 0], jnp.int32))
+
+
+class Deal(NamedTuple):
+    """Which rows of which sequence the tiles of each shape take."""
+
+    ends: jax.Array  # int32 [shapes, S], items up to and with a sequence
+    facts: jax.Array  # int32 [shapes, 4, S]: where its items begin and end, its first row, the position of that
 
 
 class Softmax(NamedTuple):
@@ -77,15 +91,14 @@ class Softmax(NamedTuple):
 def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
     """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
     ragged = layout.sanitize(inputs, signature)
-    shape = (signature.num_tokens, signature.num_q_heads)
     never = _never(inputs)
-    output = _varying(jnp.zeros((*shape, signature.head_dim), signature.q_dtype), never)
-    lse = _varying(jnp.full(shape, -jnp.inf), never) if signature.return_lse else None
-    # Done first and not last: sweeps write live rows only, and so no pass over the whole output follows them.
-    carry = layout.finish(output, lse, signature, ragged)
-    taken = jnp.zeros(signature.max_seqs, jnp.int32)
-    for tile in tiles(signature, config):
-        taken, carry = _sweep(tile, inputs, signature, ragged, taken, carry)
+    # Written first and not last: sweeps write live rows only, and so no pass over the whole output follows them.
+    output, lse = (_varying(x, never) for x in layout.unowned(signature, ragged))
+    carry = output, lse if signature.return_lse else None
+    shapes = tiles(signature, config)
+    deal = _deal(shapes, ragged)
+    for kind, tile in enumerate(shapes):
+        carry = _sweep(tile, kind, deal, inputs, signature, carry)
     return carry
 
 
@@ -132,61 +145,86 @@ def _check(config: RaggedPageAttentionv2Config) -> None:
         )
 
 
-def _sweep(tile: Tile, inputs: Inputs, signature: Signature, ragged: Ragged, taken, carry):
-    """Run every live tile of one shape and store its rows; `taken` int32 [S] are the rows larger tiles took."""
-    left = ragged.stop - ragged.start - taken
-    spare = left % tile.rows
-    share = jnp.where(spare > tile.spare, left, left - spare)  # rows of each sequence that take this shape
-    ends = jnp.cumsum(-(-share // tile.rows))  # [S], items up to and with a sequence
+def _deal(shapes: tuple[Tile, ...], ragged: Ragged) -> Deal:
+    """Deal the rows of every sequence out to the tile shapes."""
+    rows = ragged.stop - ragged.start
+    taken, begin, share = jnp.zeros_like(rows), [], []
+    for tile in shapes:
+        left = rows - taken
+        spare = left % tile.rows
+        begin.append(taken)
+        share.append(jnp.where(spare > tile.spare, left, left - spare))  # rows of each sequence that take this shape
+        taken += share[-1]
+    taken, share = jnp.stack(begin), jnp.stack(share)
+    size = jnp.array([[tile.rows] for tile in shapes], jnp.int32)
+    items = -(-share // size)
+    ends = layout.running_sum(items)
+    # An item of a sequence begins at row `first + index * tile.rows` of its queries; the last ends at `stop`.
+    first, stop = taken - (ends - items) * size, taken + share
+    whole = ragged.start, ragged.context - rows
+    return Deal(ends, jnp.stack([first, stop, *(jnp.broadcast_to(x, first.shape) for x in whole)], axis=1))
 
-    def body(index, carry):
-        sequence = jnp.sum(ends <= index, dtype=jnp.int32)
-        item = _item(tile, index, sequence, ends, ragged, taken, share)
-        return _store(tile, item, carry, _close(_attend(tile, item, inputs, signature), inputs, signature))
 
-    return taken + share, lax.fori_loop(0, ends[-1], body, carry)
+def _sweep(tile: Tile, kind: int, deal: Deal, inputs: Inputs, signature: Signature, carry):
+    """Run every live tile of one shape and store its rows."""
+
+    def more(state) -> jax.Array:
+        return state[0] < deal.ends[kind, -1]
+
+    def body(state):
+        index, carry = state
+        item = _item(tile, kind, index, deal, signature)
+        softmax = _attend(tile, item, inputs, signature)
+        return index + 1, _store(tile, item, carry, _close(softmax, inputs, signature))
+
+    return lax.while_loop(more, body, (jnp.int32(0), carry))[1]
 
 
-def _item(tile: Tile, index, sequence, ends, ragged: Ragged, taken, share) -> Item:
-    """Item `index` of a sweep; it belongs to `sequence`."""
-    before = jnp.where(sequence > 0, ends[jnp.maximum(sequence - 1, 0)], 0)
-    offset = (index - before) * tile.rows  # in the sequence's share
-    row = taken[sequence] + offset  # in its queries
-    return Item(
-        first_row=ragged.start[sequence] + row,
-        rows=jnp.minimum(tile.rows, share[sequence] - offset),
-        position=ragged.context[sequence] - (ragged.stop - ragged.start)[sequence] + row,
-        sequence=sequence,
-    )
+def _item(tile: Tile, kind: int, index, deal: Deal, signature: Signature) -> Item:
+    """Item `index` of a sweep."""
+    sequence = jnp.sum(deal.ends[kind] <= index, dtype=jnp.int32)
+    facts = lax.dynamic_slice(deal.facts, (kind, 0, sequence), (1, 4, 1), allow_negative_indices=False)
+    first, stop, start, before = facts.reshape(4)
+    row = first + index * tile.rows  # in the sequence's queries
+    rows = jnp.minimum(tile.rows, stop - row)
+    position = before + row
+    low, _ = layout.visible(position, None, signature.sliding_window)
+    return Item(jnp.stack([low // signature.page_size, position + rows, position, sequence, start + row, rows]))
 
 
 def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Softmax:
     """Fold every block of pages that some row of the tile sees."""
     heads, group, dim = signature.num_kv_heads, signature.group, signature.head_dim
-    row = jnp.arange(tile.rows)
-    position = item.position + row
-    low, high = layout.visible(position, None, signature.sliding_window)
-    low = jnp.broadcast_to(low, position.shape)
-    high = jnp.where(row < item.rows, high, 0)  # [rows]; a row past the tile's last sees nothing
-    stop = item.position + item.rows  # one past the last key any row sees
-    first_page = low[0] // signature.page_size
     block = tile.pages * signature.page_size
     queries = _load_queries(tile, item, inputs, signature)
 
-    def body(index, state: Softmax) -> Softmax:
-        page = first_page + index * tile.pages
-        key = page * signature.page_size + jnp.arange(block)
-        readable = (key >= low[0]) & (key < stop)  # [block]; other slots may hold anything
-        keys, values = _load_block(tile, item, page, readable, inputs, signature)
+    def more(state) -> jax.Array:
+        at, _ = state
+        return at.page * signature.page_size < at.stop
+
+    def body(state):
+        at, softmax = state
+        position = at.position + jnp.arange(tile.rows)
+        low, high = layout.visible(position, None, signature.sliding_window)  # of a row past the tile's last: anything
+        low = jnp.broadcast_to(low, position.shape)
+        key = at.page * signature.page_size + jnp.arange(block)
+        readable = (key >= low[0]) & (key < at.stop)  # [block]; other slots may hold anything
+        keys, values = _load_block(tile, at, readable, inputs, signature)
         seen = (key >= low[:, None]) & (key < high[:, None])  # [rows, block]
         z = _logits(queries, keys, inputs, signature).reshape(heads, tile.rows, group, block)
-        return _fold(state, z, seen[:, None], values, signature)
+        return at.next(tile.pages), _fold(softmax, z, seen[:, None], values, signature)
 
     shape, never = (heads, tile.rows, group), _never(inputs)
-    start = Softmax(m=jnp.full(shape, -jnp.inf), l=jnp.zeros(shape), acc=jnp.zeros((*shape, dim)))
+    start = Softmax(m=_sinks(inputs, shape), l=jnp.ones(shape), acc=jnp.zeros((*shape, dim)))
     start = Softmax(*(_varying(x, never) for x in start))
-    blocks = -(-(stop - first_page * signature.page_size) // block)
-    return lax.fori_loop(0, jnp.maximum(blocks, 0), body, start)
+    return lax.while_loop(more, body, (item, start))[1]
+
+
+def _sinks(inputs: Inputs, shape: tuple[int, ...]):
+    """The first maximum, [Hkv, rows, group], which weighs 1: the sink, or -inf, of which a key seen leaves 0."""
+    if inputs.softmax_aux is None:
+        return jnp.full(shape, -jnp.inf)
+    return jnp.broadcast_to(inputs.softmax_aux.reshape(shape[0], 1, shape[2]), shape)
 
 
 def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
@@ -197,9 +235,9 @@ def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
     return _operand(q, signature)
 
 
-def _load_block(tile: Tile, item: Item, page, readable, inputs: Inputs, signature: Signature):
+def _load_block(tile: Tile, item: Item, readable, inputs: Inputs, signature: Signature):
     """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
-    column = jnp.minimum(page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
+    column = jnp.minimum(item.page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
     ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, signature.num_pages - 1)
     keys = _gather(inputs.kv_pages, ids, 0, signature)
     values = _gather(inputs.kv_pages, ids, signature.head_dim, signature)
@@ -263,20 +301,12 @@ def _fold(state: Softmax, z, seen, values, signature: Signature) -> Softmax:
 
 
 def _close(state: Softmax, inputs: Inputs, signature: Signature):
-    """Add the sinks, divide, and put heads back beside each other: f32 [rows, Hq, D] and [rows, Hq]."""
-    m, l = state.m, state.l
-    if inputs.softmax_aux is not None:
-        sink = inputs.softmax_aux.reshape(signature.num_kv_heads, 1, signature.group)
-        top = jnp.maximum(m, sink)
-        base = jnp.where(top == -jnp.inf, 0.0, top)
-        keep = jnp.exp(m - base)
-        m, l = top, l * keep + jnp.exp(sink - base)
-        out = state.acc * (keep / jnp.where(l > 0, l, 1.0))[..., None]
-    else:
-        out = state.acc / jnp.where(l > 0, l, 1.0)[..., None]
+    """Divide, and put heads back beside each other: f32 [rows, Hq, D] and [rows, Hq]."""
+    l = jnp.where(state.l > 0, state.l, 1.0)  # 0 where masked keys have outweighed a sink of -inf
+    out = state.acc / l[..., None]
     if inputs.v_scale is not None:
         out = out * inputs.v_scale[:, None, None, None]
-    lse = jnp.where(l > 0, m + jnp.log(jnp.where(l > 0, l, 1.0)), -jnp.inf)
+    lse = state.m + jnp.log(l)
     rows = out.shape[1]
     out = out.transpose(1, 0, 2, 3).reshape(rows, signature.num_q_heads, signature.head_dim)
     return out, lse.transpose(1, 0, 2).reshape(rows, signature.num_q_heads)
