@@ -236,7 +236,7 @@ class Campaign:
     def _case(self, worker: int, plan: Plan, report: dict[str, Any], waived: str | None = None) -> None:
         told = {"text": report["text"]} if report["status"] != "pass" else {}
         ratio = report["ratio"] if report["ratio"] < 1e300 else None  # JSON has no infinity
-        self._write("case", worker=worker, status=report["status"], kind=report["kind"], ratio=ratio,
+        self._write("case", plan, worker=worker, status=report["status"], kind=report["kind"], ratio=ratio,
                     ms=round(1e3 * report["seconds"], 2), compiled=report["compiled"],
                     elements=report["elements"], plan=plan.to_json(),
                     **told, **({"waived": waived} if waived else {}))  # fmt: skip
@@ -282,12 +282,12 @@ class Campaign:
         else:
             self._start(worker)
 
-    def _write(self, line: str, **fields: Any) -> None:
+    def _write(self, line: str, case: Plan | None = None, /, **fields: Any) -> None:
         """Append a line to the record, flushed, and count it."""
         whole = {"line": line, "t": round(self.elapsed, 3), "session": self.tally.session, **fields}
         self.record.write(json.dumps(whole, separators=(",", ":")) + "\n")
         self.record.flush()
-        self.tally.add(whole)
+        self.tally.add(whole, case)
 
 
 def _open_record(path: Path) -> Any:

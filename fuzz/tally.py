@@ -37,8 +37,8 @@ class Tally:
     accepted: list[str] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
 
-    def add(self, line: dict[str, Any]) -> None:
-        """Count one line of the record."""
+    def add(self, line: dict[str, Any], plan: Plan | None = None) -> None:
+        """Count one line of the record; `plan` is that of a case, where it is at hand."""
         self.seconds = max(self.seconds, line.get("t", 0.0))
         self.session = max(self.session, line.get("session", 0))
         kind = line["line"]
@@ -55,14 +55,14 @@ class Tally:
         elif kind == "accepts":
             self.accepted = line["texts"]
         elif kind == "case":
-            self._case(line)
+            self._case(line, plan or Plan.from_json(line["plan"]))
 
     def pairs(self) -> tuple[int, int]:
         """Pairs of features seen and possible, without those that the target does not take."""
         return self.coverage.share(self.barred)
 
-    def _case(self, line: dict[str, Any]) -> None:
-        plan, status = Plan.from_json(line["plan"]), line["status"]
+    def _case(self, line: dict[str, Any], plan: Plan) -> None:
+        status = line["status"]
         self.cases += 1
         self.exact += plan.data == "exact"
         self.compiled[f"{line['session']}/{line['worker']}"] = line["compiled"]

@@ -23,13 +23,14 @@ taken as independent and zero-mean, which random data obey and structured data n
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from oracle.attend import SMALL, Block, Solved, blank, blocks, solve
-from oracle.case import Case, dtype_of
+from oracle.case import Case
 from oracle.claim import TINY, Claim
 from oracle.claim import default_claim as default_claim
 from oracle.claim import underflow_unit as underflow_unit
@@ -203,9 +204,10 @@ def anchor(solved: Solved, errors: Errors) -> Errors:
 
 def gamma(k, u: float):
     """Higham's gamma: k roundings of size u compound to at most this; inf when k u >= 1."""
-    left = 1 - np.asarray(k) * u
-    with np.errstate(divide="ignore"):
-        return np.where(left > 0, (1 - left) / left, np.inf)
+    left = 1 - k * u
+    if isinstance(left, float):
+        return (1 - left) / left if left > 0 else np.inf
+    return np.where(left > 0, (1 - left) / positive(left), np.inf)
 
 
 def rooted(k, u: float):
@@ -313,7 +315,8 @@ def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarr
     """
     v = block.values
     if w.size * v.shape[-1] <= SMALL:
-        deviation = np.abs(v[:, None, None] - o[..., None, :])  # [E, R, G, N, D]
+        deviation = v[:, None, None] - o[..., None, :]  # [E, R, G, N, D]
+        np.abs(deviation, out=deviation)
         first = np.matmul(w[..., None, :], deviation)[..., 0, :]
         if w_soft is None:
             return first, None
@@ -371,12 +374,18 @@ def divided(solved: Solved, error: np.ndarray, moved: np.ndarray, th: np.ndarray
 
 def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: Claim) -> np.ndarray:
     """Step 8: the output's own rounding. 0 for a row that sees no key, inf where f32 or the output may overflow."""
-    largest = float(ml_dtypes.finfo(dtype_of(block.case.queries.dtype.name)).max)
+    largest = largest_of(block.case.queries.dtype)
     reach = np.abs(solved.output) + e
     result = e + claim.u_o * reach + claim.eta_o
     unclaimed = (reach > largest) | (block.value_sum > LARGEST) | operands_overflow(block)
     result = np.where(unclaimed, np.inf, result)
     return np.where((n > 0)[..., None], result, 0.0)
+
+
+@functools.cache
+def largest_of(dtype: np.dtype) -> float:
+    """The largest finite number of a float dtype."""
+    return float(ml_dtypes.finfo(dtype).max)
 
 
 def operands_overflow(block: Block) -> np.ndarray:
