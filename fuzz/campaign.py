@@ -7,6 +7,7 @@ begun again, so no case repeats, and at most the case in flight is lost.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import json
 import time
@@ -49,7 +50,7 @@ class Settings:
 
 
 class OtherCampaign(ValueError):
-    """The folder holds the record of another target or seed."""
+    """The folder holds the record of another target or seed, or another campaign is writing to it."""
 
 
 class Campaign:
@@ -291,8 +292,12 @@ class Campaign:
 
 
 def _open_record(path: Path) -> Any:
-    """The record, open for appending; a last line that a crash cut short is ended first."""
+    """The record, open for appending by this campaign alone; a last line that a crash cut short is ended first."""
     stream = open(path, "a+")  # noqa: SIM115 - the campaign closes it
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        raise OtherCampaign(f"another campaign is writing to --out {path.parent}; choose another folder") from None
     stream.seek(0, 2)
     if stream.tell():
         stream.seek(stream.tell() - 1)

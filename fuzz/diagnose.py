@@ -66,6 +66,7 @@ class Diagnosis:
 # What needs no explanation.
 _PLAIN = {"error": "raises on a legal call", "form": "returns no array of the right shape and dtype"}
 UNKNOWN = Diagnosis(None, "unknown", 1.0)
+OTHER_LSE = Explained("lse", "the output is right, and the lse is not", sure=False)
 
 
 def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Diagnosis:
@@ -75,24 +76,25 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
     if judgement.kind in _PLAIN:
         return Diagnosis(None, judgement.kind, distance=0.0)
     plans = [plan for plan in plans if _keys(plan) <= KEYS] or plans[:1]
-    evidence = _gathered(plans, target, "lse" if judgement.kind == "lse" else "output")
+    lse = judgement.kind == "lse"
+    evidence = _gathered(plans, target, "lse" if lse else "output")
     if not any(e.error.any() or e.broken.any() for e in evidence):  # it raises, or misses by a rounding
-        seen = _seen(plans, target) if judgement.kind != "lse" else None
+        seen = OTHER_LSE if lse else _seen(plans, target)
         return dataclasses.replace(UNKNOWN, family=seen.family, words=seen.words) if seen else UNKNOWN
-    if judgement.kind != "lse" and not any(e.owned for e in evidence):
+    if not lse and not any(e.owned for e in evidence):
         return Diagnosis("dead_rows_garbage", BY_ID["dead_rows_garbage"].group, distance=0.0)
-    if judgement.kind != "lse" and _only_nan(plans, target):
+    if not lse and _only_nan(plans, target):
         leaks = [BY_ID[name] for name in ("minus_one", "v_not_sanitised")]
         best, mutant = _ranked(leaks, evidence, time.process_time() + SECONDS)[0]
         mutant = mutant if best <= ALIKE else leaks[-1]  # whatever its tiles are
         return Diagnosis(mutant.id, mutant.group, distance=0.0)
     # The last is the largest case: what is unlike there is not tried on the rest.
-    known = [m for m in MUTANTS if _numeric(m) and (m.group == "lse") == (judgement.kind == "lse")]
+    known = [m for m in MUTANTS if _numeric(m) and (m.group == "lse") == lse]
     late = time.process_time() + SECONDS
     likely = [m for _, m in _ranked(known, evidence[-1:], late)][:CANDIDATES]
     ranked = _ranked(likely, evidence, late + SECONDS)
     best = ranked[0][0]
-    seen = _seen(plans, target) if judgement.kind != "lse" else None
+    seen = OTHER_LSE if lse else _seen(plans, target)
     alike = [m for distance, m in ranked if distance <= best + 0.02]
     if seen is not None and best > (SURE if seen.sure else SIMILAR):  # a family by what was seen, and only those of it
         alike = [m for m in alike if m.group == seen.family and best <= SIMILAR]
@@ -121,8 +123,8 @@ def _needed(small: Plan, large: Plan, target: Target) -> frozenset[str]:
 
 
 def _fails(plan: Plan, changes: dict[str, object], target: Target) -> bool:
-    shape = dataclasses.replace(plan.shape, **changes)  # type: ignore[arg-type]
-    return judge_plan(plan.replace(shape=shape), target).bad
+    changed = plan.replace(shape=dataclasses.replace(plan.shape, **changes))  # type: ignore[arg-type]
+    return any(judge_plan(p, target).bad for p in (changed, changed.replace(data="normal", amplitude=1.0)))
 
 
 def _only_nan(plans: Sequence[Plan], target: Target) -> bool:
@@ -174,14 +176,14 @@ class _Evidence:
 def _gathered(plans: Sequence[Plan], target: Target, what: str) -> list[_Evidence]:
     """The target's answers to the plans, and to the last one's layout with other data.
 
-    Where NaN was read, the second fill shows how much was read, and from where.
+    Where NaN was read, or nothing is wrong, the second fill shows how much was read, and from where.
     """
     near = [plans[-1].replace(seed=plans[-1].seed + more, check="plain") for more in (1, 2)]
     found = []
     for plan in [*near, *plans]:
         first = _evidence(build(plan), target, what)
         found.append(first)
-        if first is not None and first.broken.any():
+        if first is not None and (first.broken.any() or not first.error.any()):
             found.append(_evidence(build(plan, "huge"), target, what))
     return [evidence for evidence in found if evidence is not None]
 

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fuzz.build import build
+from fuzz.build import build, refill
 from fuzz.diagnose import Diagnosis
 from fuzz.judge import Judgement, judge_case
 from fuzz.plan import Plan
+from fuzz.related import pick
 from fuzz.targets import ADAPTERS, BACKENDS, Target
 from oracle import Case
 from oracle.case import array_literal
@@ -43,11 +46,21 @@ def _rounded(case: Case, decimals: int) -> Case | None:
     return None if rounder.hash == case.hash else rounder
 
 
-def script(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+@dataclass(frozen=True)
+class Other:
+    """A second case, what it has of the first, and the rows that are told of (all where `...`)."""
+
+    case: Case
+    words: str
+    rows: Any
+    alike: bool  # both must be answered with the same bits
+
+
+def script(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis, other: Other | None = None) -> str:
     """The reproducer of a failing case, by the kind of its failure."""
     place = judgement.verdict
-    if place is None or place.token is None:
-        return _two_calls(case, target, judgement, diagnosis)
+    if other is not None or place is None or place.token is None:
+        return _two_calls(case, target, judgement, diagnosis, other)
     if place.sequence is None:
         return _nobodys_row(case, target, judgement, diagnosis)
     return _wrong_number(case, target, judgement, diagnosis)
@@ -203,14 +216,32 @@ def _scale_at(scale: object, head: int) -> str:
     return f" * {float(scale[head]) if isinstance(scale, np.ndarray) else scale!r}"
 
 
-def _two_calls(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis) -> str:
+def _two_calls(case: Case, target: Target, judgement: Judgement, diagnosis: Diagnosis, other: Other | None) -> str:
     """The calls that show a failure which is no single wrong number: what happens, then what must."""
-    lines = [*_arguments(case, target), *_CALLS.get(judgement.kind, _PLAIN)]
+    lines = _arguments(case, target)
+    if judgement.kind in _CALLS:
+        lines += _CALLS[judgement.kind]
+    elif other is not None:
+        changed = [line for line in _arguments(other.case, target) if line not in lines]
+        lines += ["one = np.asarray(CALL).astype(float)", f"# {other.words}", *changed]
+        lines += ["two = np.asarray(CALL).astype(float)", *_compared(other)]
+    else:
+        lines += _PLAIN
     if judgement.kind == "accepts":
         name, _, value = judgement.text.split(" ")[0].partition("=")
         lines = [line for line in lines if line not in _PLAIN]
         lines += [f'print("must raise ValueError naming {name}:")', _CALL.replace("**options", f'**dict(options, {name}=float("{value}"))').join(("print(", ")"))]  # fmt: skip
     return _script(target, judgement, diagnosis, [line.replace("CALL", _CALL) for line in lines])
+
+
+def _compared(other: Other) -> list[str]:
+    if not other.alike:
+        return ["print(one, two, sep='\\n')"]
+    rows = "" if other.rows is ... or len(other.rows) == other.case.num_tokens else f"[{other.rows.tolist()}]"
+    return [
+        f"same = (one{rows} == two{rows}) | np.isnan(one{rows} + two{rows})",
+        'print("elements that differ:", (~same).sum(), "must be 0;", one[np.nonzero(~same)][:5], two[np.nonzero(~same)][:5])',
+    ]
 
 
 _PLAIN = ("print(np.asarray(CALL).astype(float))",)
@@ -223,15 +254,10 @@ _CALLS = {
         'print("different answers to equal calls:", len(set(answers)), "must be 1")',
     ),
     "input": (
-        "before = q.copy(), kv.copy()",
+        "given = dict(q=q, kv=kv, context_lens=context_lens, tables=tables, starts=starts, num_seqs=num_seqs, sinks=sinks)",
+        "before = {name: np.array(a) for name, a in given.items()}",
         "CALL",
-        'print("arguments unchanged:", q.tobytes() == before[0].tobytes(), kv.tobytes() == before[1].tobytes())',
-    ),
-    "poison": (
-        "one = np.asarray(CALL).astype(float)",
-        "kv = np.where(np.isnan(kv.astype(float)), 200.0, kv.astype(float)).astype(kv.dtype)  # slots nobody may see",
-        "two = np.asarray(CALL).astype(float)",
-        'print("changed by slots nobody may see:", np.argwhere(one != two).tolist(), "must be []")',
+        'print("written to:", [name for name in given if before[name].tobytes() != np.array(given[name]).tobytes()], "must be []")',
     ),
     "relation:alone": (
         "together = np.asarray(CALL).astype(float)",
@@ -248,15 +274,43 @@ def leave(folder: Path, plan: Plan, target: Target, judgement: Judgement, diagno
     """Write `case.npz` and `reproduce.py` of a shrunk failure into a folder; the judgement of the case as written."""
     from fuzz.files import write_atomically
 
-    case, target = build(plan), target.asking(plan.shape.lse)
-    if judgement.kind in ("bound", "nan", "lse") and judgement.status == "fail":
-        # Numbers say which key was read; NaN only says that one was.
-        tame = build(plan, "tame")
-        case = tame if judge_case(tame, target).kind == "bound" and judge_case(tame, target).bad else case
-        case = simplified(case, target, judgement)
-        again = judge_case(case, target)
-        judgement = again if again.bad else judgement
-    text = script(case, target, judgement, diagnosis)
+    target = target.asking(plan.shape.lse)
+    case, judgement = _told(plan, target, judgement)
+    text = script(case, target, judgement, diagnosis, _other(plan, case, judgement))
     write_atomically(folder / "case.npz", case.save)
     write_atomically(folder / "reproduce.py", lambda draft: draft.write_text(text))
     return judgement
+
+
+def _told(plan: Plan, target: Target, judgement: Judgement) -> tuple[Case, Judgement]:
+    """The fill, and the roundest numbers, that show the failure best: as a wrong number, if it can be.
+
+    Numbers say which key was read; NaN only says that one was, and a changed bit not even that.
+    """
+    case, fill = build(plan), {"bound": "tame", "nan": "tame", "lse": "tame", "poison": "huge"}.get(judgement.kind)
+    if judgement.status != "fail" or fill is None:
+        return case, judgement
+    other = build(plan, fill)
+    again = judge_case(other, target)
+    if again.bad and again.kind in ("bound", "nan")[: 1 + (fill == "huge")]:
+        case, judgement = other, again
+    if judgement.kind == "poison":
+        return case, judgement
+    case = simplified(case, target, judgement)
+    again = judge_case(case, target)
+    return case, again if again.bad else judgement
+
+
+def _other(plan: Plan, case: Case, judgement: Judgement) -> Other | None:
+    """The case that breaks the promise together with this one, where that is the failure."""
+    if judgement.kind == "poison":
+        return Other(refill(plan, case, "huge"), "slots that no row may see hold something else", ..., True)
+    picked = pick(plan, case) if judgement.kind.startswith("relation:") else None
+    if picked is None:
+        return None
+    relation, expected = picked
+    judged = np.broadcast_to(expected.judged, (case.num_tokens, case.num_q_heads, 1))
+    rows = np.flatnonzero(judged.all(axis=(1, 2)))
+    outcome = np.arange(case.queries.size).reshape(case.queries.shape)
+    alike = bool(np.array_equal(expected.predict(outcome), outcome))
+    return Other(expected.case, (relation.apply.__doc__ or "").split("\n")[0], rows, alike)

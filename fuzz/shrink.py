@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from fuzz.judge import Judgement, judge_plan
-from fuzz.plan import Plan, Shape
+from fuzz.plan import TABLES, Plan, Shape
 from fuzz.targets import Target
 
 SECONDS = 20.0
+BLIND = 4  # a row before position 0 is as odd as so many tokens
 # Kinds that are one symptom: a wrong number.
-_VALUE = frozenset({"bound", "nan", "exact", "lse"})
+_VALUE = frozenset({"bound", "nan", "exact"})
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Shrunk:
 
 
 def same_symptom(a: Judgement, b: Judgement) -> bool:
-    """Whether two failures are of one sort."""
-    return a.bad and b.bad and (a.kind == b.kind or {a.kind, b.kind} <= _VALUE)
+    """Whether a failure says as much as another of its sort; a wrong output says more than a wrong lse."""
+    return a.bad and b.bad and (a.kind == b.kind or (a.kind in _VALUE and b.kind in _VALUE | {"lse"}))
 
 
 def shrink(
@@ -41,10 +42,37 @@ def shrink(
 ) -> Shrunk:
     """The smallest plan near `plan` that fails as `first` did, within a time limit on a clock."""
     began = clock()
+    if first.kind.startswith("relation:"):
+        plan, first = _told_by_a_number(plan, target, first)
     search = _Search(plan, target, first, lambda: clock() - began > seconds)
     while search.round() and not search.late():
         pass
     return Shrunk(search.plan, search.judgement, len(search.known), clock() - began)
+
+
+def _told_by_a_number(plan: Plan, target: Target, first: Judgement) -> tuple[Plan, Judgement]:
+    """A plan near one that breaks a relation whose own answer is wrong, or the plan itself: a number says more."""
+    for relative in _relatives(plan.replace(check="plain")):
+        judgement = judge_plan(relative, target)
+        if judgement.bad and judgement.kind in _VALUE:
+            return relative, judgement
+    return plan, first
+
+
+def _relatives(plan: Plan) -> Iterator[Plan]:
+    """What the relations make of a plan, as plans."""
+    lengths, shape = plan.lengths, plan.shape
+    roomy = _reshape(plan, seqs=max(shape.seqs, len(lengths) + 1))
+    for i in range(len(lengths) + 1):
+        yield roomy.replace(lengths=(*lengths[:i], (0, 0), *lengths[i:]))
+    yield plan.replace(lengths=lengths[::-1])
+    yield from (plan.replace(lengths=(length,)) for length in lengths)
+    yield from (plan.replace(tables=tables) for tables in TABLES if tables != plan.tables)
+    longest = max(lengths, default=(0, 0))
+    yield from (plan.replace(lengths=((1, max(0, longest[1] - i)),)) for i in range(longest[0]))
+    yield _reshape(plan, window=None if shape.window else shape.capacity)
+    if shape.sinks:
+        yield _reshape(plan, sinks=False)
 
 
 class _Search:
@@ -86,7 +114,7 @@ def size(plan: Plan) -> tuple[object, ...]:
     s = plan.shape
     return (
         len(plan.lengths),
-        sum(c for _, c in plan.lengths) + sum(q for q, _ in plan.lengths),
+        sum(c + q + BLIND * max(0, q - c) for q, c in plan.lengths),
         s.q_heads * s.head_dim + 4 * s.group + s.kv_heads,
         (s.window is not None) + (s.cap is not None) + s.sinks + (s.scale is not None) + s.lse,
         s.tokens + s.seqs + s.pages + s.pages_per_seq + s.page + min(s.window or 0, 10**6),
@@ -129,6 +157,7 @@ def _shorter(plan: Plan) -> Iterator[Plan]:
     for i, (rows, context) in enumerate(plan.lengths):
         changed = [(r, c) for c in _smaller(context) for r in sorted({1, 2, min(rows, c), rows}) if r <= rows]
         changed += [(r, context) for r in _smaller(rows)]
+        changed += [(rows, rows)] if context < rows <= plan.shape.capacity else []
         changed += [(r, context - rows + r) for r in _smaller(rows) if context >= rows]
         yield from (plan.replace(lengths=(*plan.lengths[:i], length, *plan.lengths[i + 1 :])) for length in changed)
 
@@ -201,9 +230,12 @@ def _simpler_options(shape: Shape) -> Iterator[tuple[str, object]]:
 
 
 def _known_small(plan: Plan) -> Iterator[Plan]:
-    """One sequence of a few tokens that fill its table: what a longer or fuller batch often comes down to."""
+    """One sequence of a few tokens, in the last pages or filling its table: what a longer batch often comes down to."""
     if len(plan.lengths) == 1 and plan.lengths[0][1] <= 8:
         return
+    for context in (1, 8):
+        if context <= plan.shape.capacity:
+            yield plan.replace(lengths=((1, context),), tables="reversed", data="normal", amplitude=1.0)
     for page, per_seq in ((1, 5), (1, 8), (4, 2)):
         context = page * per_seq
         shape = {

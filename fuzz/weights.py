@@ -17,10 +17,12 @@ from fuzz.targets import Target
 from oracle import Case, attend
 from oracle.case import Sequence
 
-CALLS = 200  # cases of more slots are not asked
+CALLS = 200  # cases of more slots, in pages that somebody owns, are not asked
 LIKE, LIKE_F32 = 2.0**-6, 2.0**-9  # weights that differ by less are one weight, but for a rounding
+LOUD = 60  # exp of a logit past it is next to nothing, or to infinity
 SEEN, FEW = 1e-6, 2e-3  # a weight that is not 0; and one that a kernel of narrow weights may not lose
-PATTERN = 7  # the value of element d is 1 + d % 7, so that elements in each other's place show
+PATTERN = 7  # the value of element d is -(1 + d % 7), so that elements in each other's place show
+NOBODYS = -1  # stands for all pages that no sequence owns, where there are too many to ask
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,27 @@ class Weights:
 def measured(case: Case, target: Target, needed: frozenset[str]) -> Weights | None:
     """The weights of a small case whose dead slots are finite, or None: too large, too slow, or it raises."""
     pages, page, combined, _ = case.kv_pages.shape
-    slots = list(itertools.product(range(pages), range(page), range(combined // 2)))
+    heads = range(combined // 2)
+    slots = list(itertools.product(range(pages), range(page), heads))
+    owned = {int(p) for s in case.sequences() for p in s.pages[s.keys[0] // page : -(-s.keys[1] // page)]}
+    if len(slots) > CALLS:
+        slots = [slot for slot in slots if slot[0] in owned] + [(NOBODYS, 0, head) for head in heads]
     if len(slots) > CALLS or target.interpreted or not target.deterministic or not case.live_rows:
         return None
     empty = np.array(case.kv_pages)
     empty[:, :, 1::2] = np.zeros((), empty.dtype)
-    values = 1 + np.arange(case.head_dim) % PATTERN
+    values = -(1 + np.arange(case.head_dim) % PATTERN)
+    others = np.setdiff1d(np.arange(pages), list(owned))
     got, right = [], []
     try:
         idle = target.run(case.replace(kv_pages=empty))[0]
         for at, place, head in slots:
             kv = empty.copy()
-            kv[at, place, 2 * head + 1] = values.astype(kv.dtype)
+            where = (others, slice(None)) if at == NOBODYS else (at, place)
+            kv[*where, 2 * head + 1] = values.astype(kv.dtype)
             one = case.replace(kv_pages=kv)
             got.append(target.run(one)[0].astype(np.float64) / values)
-            right.append(attend(one)[0][..., 0])
+            right.append(attend(one)[0][..., 0] / values[0])
     except Exception:  # a kernel that refuses other values has no weights to show
         return None
     return Weights(case, needed, slots, np.array(got), np.array(right), idle.astype(np.float64))
@@ -114,6 +122,13 @@ def _narrow(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, right
 def _silent(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, right: np.ndarray) -> Found:
     if np.abs(w.got[:, row, head]).max() > SEEN or right.max() < w.like:
         return None
+    if w.needed:
+        return "sinks and cap", f"weighs nothing, which takes {' and '.join(sorted(w.needed))}"
+    level = float(attend(w.case)[1][row, head])
+    if abs(level) > LOUD:
+        return "softmax", f"weighs nothing, where its logits are about {level:.0f}: exp left nothing"
+    if np.abs(w.got[:, row]).max() > SEEN:
+        return "heads", "weighs nothing, and other heads do"
     return "ragged", "weighs nothing: it is not computed, or its sum is lost"
 
 
@@ -163,7 +178,8 @@ def _other_keys(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, r
             at, slot, _ = w.slots[astray[0]]
             if right.max() < SEEN:
                 return "ragged", "sees no key, and yet weighs some"
-            return "paging", f"{share} slot {slot} of page {at}, which is not the sequence's"
+            where = "a page" if at == NOBODYS else f"slot {slot} of page {at}"
+            return "paging", f"{share} {where}, which is not the sequence's"
         keys = [places[i][0] for i in extra]
         if len(extra) == len(missing) and not ((right > w.like) & (np.abs(got) > w.like)).any():
             return "paging", f"reads {_keys(keys)} where {_keys([places[i][0] for i in missing])} should be"
@@ -183,7 +199,11 @@ def _same_keys(w: Weights, s: Sequence, row: int, head: int, got: np.ndarray, ri
     least = ratio.min(initial=np.inf)
     twice = np.flatnonzero(np.rint(ratio / least) == 2) if least > 0 else []
     if len(twice) and np.abs(ratio / least - np.rint(ratio / least)).max() < 5 * w.like and ratio.max() < 2.5 * least:
-        keys = [_positions(w, s, i)[0] for i in np.flatnonzero(right > FEW)[twice]]
+        places = [_positions(w, s, i) for i in np.flatnonzero(right > FEW)]
+        keys = [places[i][0] for i in twice]
+        once = [p for i, p in enumerate(places) if i not in twice]
+        if once and all(len(p) > 1 for p in once):
+            return "paging", f"counts {_keys(once[0])} once, which lie in one slot"
         return "split-KV", f"counts {_keys(keys)} twice"
     if ratio.size and np.ptp(ratio) < w.like * np.abs(ratio).max():
         words = f"weighs every key {ratio.mean():.3g} times as much as is right"

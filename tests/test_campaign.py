@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from fuzz import corpus, ledger
-from fuzz.campaign import Campaign, Settings
-from fuzz.commands.search import app
+from fuzz.campaign import Campaign, OtherCampaign, Settings, _open_record
+from fuzz.commands.search import _seconds, app
 from fuzz.coverage import valid_pairs
 from fuzz.isolate import Child
 from fuzz.mutants import score
@@ -143,6 +143,17 @@ def test_exit_codes_are_the_contracts(
     monkeypatch.setenv("COLUMNS", "200")
     assert here(*arguments) == code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("10m", 600), ("13m30s", 810), ("1h 30m", 5400)])
+def test_a_budget_is_a_time(text: str, seconds: float) -> None:
+    assert _seconds(text) == seconds
+
+
+def test_two_campaigns_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with _open_record(tmp_path / "record.jsonl"), pytest.raises(OtherCampaign, match="another campaign is writing"):
+        _open_record(tmp_path / "record.jsonl")
+    _open_record(tmp_path / "record.jsonl").close()
 
 
 def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Path) -> None:

@@ -14,14 +14,20 @@ app = typer.Typer(help="Search for cases that a kernel gets wrong.", no_args_is_
 USAGE, NOTHING, INFRASTRUCTURE = 2, 3, 4
 
 
+_NUMBER = r"(\d+(?:\.\d+)?) *"
+_TIME = re.compile(rf"(?:{_NUMBER}h *)?(?:{_NUMBER}m *)?(?:{_NUMBER}s)?")
+
+
 def _seconds(text: str | None) -> float | None:
-    """A budget such as `90`, `90s`, `10m`, `2h`."""
+    """A budget such as `90`, `90s`, `10m`, `1h30m`."""
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise typer.BadParameter(f"{text!r} is no time; write 90s, 10m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    given = text.strip()
+    match = _TIME.fullmatch(f"{given}s" if given.replace(".", "", 1).isdigit() else given)
+    seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
+    if not seconds:
+        raise typer.BadParameter(f"{text!r} is no time; write 90s, 10m or 1h30m")
+    return seconds
 
 
 def _console() -> Any:
@@ -44,7 +50,7 @@ def _load(name: str) -> Any:
 @app.command()
 def run(
     target: Annotated[str, typer.Option(help="one of our backends, an adapter, mutant:ID, or module:function")],
-    budget: Annotated[str | None, typer.Option(help="time, as 90s, 10m, 2h; what the record holds counts")] = None,
+    budget: Annotated[str | None, typer.Option(help="time, as 90s, 10m, 1h30m; what the record holds counts")] = None,
     max_examples: Annotated[int | None, typer.Option(min=1, help="cases; what the record holds counts")] = None,
     seed: Annotated[int, typer.Option(help="of the stream of cases")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="processes, each with its own stream")] = 1,
