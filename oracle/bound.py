@@ -24,7 +24,7 @@ taken as independent and zero-mean, which random data obey and structured data n
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -115,16 +115,6 @@ def analyse(case: Case, claim: Claim, soft: bool = True) -> Analysis:
     return Analysis(output, lse, hard, softer, lse_error, vacuous)
 
 
-def may_overflow(case: Case) -> np.ndarray:
-    """Rows and heads where float32 sums or the dots' operands may overflow, so that even NaN is right: `[T, Hq]`."""
-    found = np.zeros(case.queries.shape[:2], bool)
-    for block in blocks(case):
-        products = block.score(np.abs(block.queries), np.abs(block.keys)) * block.mask
-        sums = (products > LARGEST).any(axis=-1) | (block.value_sum > LARGEST).any(axis=-1)
-        block.scatter(sums | operands_overflow(block)[..., 0], found)
-    return found
-
-
 def bound_block(block: Block, solved: Solved, claim: Claim, soft: bool = True) -> Bounds:
     """Steps 1 to 8 for one block, HARD and (unless it is not asked for: it costs as much) SOFT side by side."""
     B = np.ceil(block.n / claim.block) + 1
@@ -202,7 +192,7 @@ def anchor(solved: Solved, errors: Errors) -> Errors:
     return Errors(relative(errors.delta, own), softer, sink, own)
 
 
-def gamma(k, u: float):
+def gamma(k, u: float) -> Any:
     """Higham's gamma: k roundings of size u compound to at most this; inf when k u >= 1."""
     left = 1 - k * u
     if isinstance(left, float):

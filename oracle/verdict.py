@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from oracle.attend import blocks, solve
-from oracle.bound import Analysis, analyse, may_overflow
+from oracle.bound import LARGEST, Analysis, analyse, operands_overflow
 from oracle.case import Case, Sequence, visible
 from oracle.claim import Claim, default_claim
 
@@ -129,6 +129,16 @@ def _ratio(case: Case, got: np.ndarray, expected: np.ndarray, bound: np.ndarray)
     if absurd.any():
         absurd &= ~may_overflow(case).reshape(*got.shape[:2], *[1] * (got.ndim - 2))
     return np.where(same | unclaimed & ~absurd, 0.0, ratio)
+
+
+def may_overflow(case: Case) -> np.ndarray:
+    """Rows and heads where float32 sums or the dots' operands may overflow, so that even NaN is right: `[T, Hq]`."""
+    found = np.zeros(case.queries.shape[:2], bool)
+    for block in blocks(case):
+        products = block.score(np.abs(block.queries), np.abs(block.keys)) * block.mask
+        sums = (products > LARGEST).any(axis=-1) | (block.value_sum > LARGEST).any(axis=-1)
+        block.scatter(sums | operands_overflow(block)[..., 0], found)
+    return found
 
 
 def _accuse(status: Status, name: str, case: Case, analysis: Analysis, got, ratio, bound, counts) -> Verdict:
