@@ -297,6 +297,7 @@ def _open_record(path: Path) -> Any:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
     except BlockingIOError:
+        stream.close()
         raise OtherCampaign(f"another campaign is writing to --out {path.parent}; choose another folder") from None
     stream.seek(0, 2)
     if stream.tell():
