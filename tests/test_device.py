@@ -8,6 +8,7 @@ say little about them: here its edges return at shapes that they do take.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import pytest
 from contract_cases import Shape, build
 from test_contract import alone, backends_here, bits, call, claim_of, device_arrays, jitted, skip_unsupported
 
+import rpa
 from oracle import judge
 from oracle.poison import large_fill, nan_fill
 from rpa import device
@@ -166,38 +168,74 @@ def test_arithmetic_is_as_claimed(chip, module):
 SANITIZED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_device import serving
+from contract_cases import Shape, build
+from test_device import BF16, serving
 from test_contract import call
-for case in (serving(head_dim=64, sliding_window=100, sinks=True), serving()):
+split = build((1, 1, 1), (333, 900, 16), Shape(4, 4, 64, 200, 16, 8, 2, 128), **BF16)
+for case in (split, serving(head_dim=64, sliding_window=100, sinks=True), serving()):
     call(sys.argv[2], case)
 print("answered")
 """
 
-
 # Only our kernels are instrumented: with all of XLA's, memcheck crashes in a mixed batch, and others do not end.
 OUR_KERNELS = {"pallas_gpu": "kns=rpa_", "triton": "kns=_kernel"}
+# One fault a tool must see in them, or its silence says nothing: (file, line, faulty line).
+PLANTED = {
+    ("pallas_gpu", "memcheck"): ("combine.py", "* tiling.rows + row) *", "* tiling.rows + row + (1 << 20)) *"),
+    ("pallas_gpu", "racecheck"): (  # a reduction across warps whose barrier does nothing
+        "tiles.py",
+        "        return x.reduce(",
+        """        from jax.experimental.mosaic.gpu import utils
+        utils.warpgroup_barrier = lambda: None
+        return x.reduce(""",
+    ),
+    ("triton", "memcheck"): ("kernel.py", "tl.store(lse + at, tl.where", "tl.store(lse + (1 << 28) + at, tl.where"),
+}
+
+
+def sanitized(backend: str, tool: str, root: Path) -> subprocess.CompletedProcess[str]:
+    """The package under `root` run by one of compute-sanitizer's tools; each array has an allocation of its own."""
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    own = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "RPA_AUTOTUNE_POLICY": "heuristics"}
+    path = [str(root), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    own["PYTHONPATH"] = os.pathsep.join(path)
+    # initcheck has to see every writer of what a kernel reads.
+    ours = [] if tool == "initcheck" else ["--kernel-name", OUR_KERNELS[backend]]
+    run = [sys.executable, "-P", "-c", SANITIZED, str(Path(__file__).parent), backend]
+    command = [found, "--tool", tool, *ours, "--error-exitcode", "9", *run]
+    return subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=os.environ | own)
 
 
 @pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_sanitizer(backend, tool):
-    """compute-sanitizer finds nothing; each array has an allocation of its own, so that a stray read shows."""
+    """compute-sanitizer finds nothing."""
     if backend not in OUR_KERNELS:
         pytest.skip(f"{backend} has no kernels of ours")
     if (backend, tool) == ("pallas_gpu", "initcheck"):
         pytest.skip("initcheck does not see TMA's stores: it calls every row of a right answer uninitialised")
-    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(found).exists():
-        pytest.skip("compute-sanitizer is not installed")
-    run = [sys.executable, "-c", SANITIZED, str(Path(__file__).parent), backend]
-    own = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "RPA_AUTOTUNE_POLICY": "heuristics"}
-    # initcheck has to see every writer of what a kernel reads.
-    ours = [] if tool == "initcheck" else ["--kernel-name", OUR_KERNELS[backend]]
-    command = [found, "--tool", tool, *ours, "--error-exitcode", "9", *run]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False, env=own)
+    done = sanitized(backend, tool, Path(__file__).parent.parent)
     assert "answered" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_sees(backend, tool, tmp_path):
+    """The same tool, with the same filter, reports a fault planted in the kernel."""
+    if (backend, tool) not in PLANTED:
+        pytest.skip(f"no fault for {tool} can be planted in {backend}: it has no kernels, or no barriers, of its own")
+    name, right, wrong = PLANTED[backend, tool]
+    shutil.copytree(Path(rpa.__file__).parent, tmp_path / "rpa", ignore=shutil.ignore_patterns("__pycache__"))
+    source = tmp_path / "rpa" / "backends" / backend / name
+    assert source.read_text().count(right) == 1, f"{name} no longer has {right!r} in one place"
+    source.write_text(source.read_text().replace(right, wrong))
+    done = sanitized(backend, tool, tmp_path)
+    assert re.search(r"(ERROR|RACECHECK) SUMMARY: [1-9]", done.stdout), done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def test_call_needs_no_host(backend):
