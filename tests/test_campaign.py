@@ -120,7 +120,7 @@ def test_a_wrong_kernel_fails_leaves_a_script_and_replays(
     ("arguments", "code", "words"),
     [
         (("run", "--target", "nobody", "--max-examples", "5"), 2, "is unknown"),
-        (("run", "--target", "own:right", "--budget", "soon"), 2, "is no time"),
+        (("run", "--target", "own:right", "--budget", "soon"), 2, "is no time above 0"),
         (("run", "--target", "own:refuses", "--max-examples", "5"), 3, "not today"),
         (
             ("run", "--target", "own:right", "--max-examples", "5", "--share", "redis://127.0.0.1:1"),

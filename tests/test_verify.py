@@ -227,8 +227,8 @@ USAGE = {
     "interpreter": (["--platform", "pallas"], "--platform pallas --interpret runs it in its interpreter"),
     "target": (["--platform", "nosuchmodule:f"], "--platform target 'nosuchmodule:f' cannot be loaded"),
     "model": (["--model", "llama9"], "no model is called 'llama9'; there are tiny, llama3-8b"),
-    "budget": (["--budget", "soon"], "--budget 'soon': expected a time"),
-    "no budget": (["--budget", "0"], "--budget '0': expected a time above 0"),
+    "budget": (["--budget", "soon"], "--budget 'soon' is no time above 0"),
+    "no budget": (["--budget", "0"], "--budget '0' is no time above 0"),
     "json folder": (["--json", "."], "--json .: a folder"),
     "json nowhere": (["--json", "no/such/result.json"], "does not exist"),
 }

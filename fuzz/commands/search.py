@@ -9,25 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
+from fuzz.commands.duration import seconds
+
 app = typer.Typer(help="Search for cases that a kernel gets wrong.", no_args_is_help=True)
 
 USAGE, NOTHING, INFRASTRUCTURE = 2, 3, 4
 
 
-_NUMBER = r"(\d+(?:\.\d+)?) *"
-_TIME = re.compile(rf"(?:{_NUMBER}h *)?(?:{_NUMBER}m *)?(?:{_NUMBER}s)?")
-
-
 def _seconds(text: str | None) -> float | None:
-    """A budget such as `90`, `90s`, `10m`, `1h30m`."""
     if text is None:
         return None
-    given = text.strip()
-    match = _TIME.fullmatch(f"{given}s" if given.replace(".", "", 1).isdigit() else given)
-    seconds = sum(float(n) * unit for n, unit in zip(match.groups("0"), (3600, 60, 1), strict=True)) if match else 0
-    if not seconds:
-        raise typer.BadParameter(f"{text!r} is no time; write 90s, 10m or 1h30m")
-    return seconds
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _console() -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from fuzz.commands.duration import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,7 @@ def verify(
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Data, page order and drawn requests follow from it.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Stop after so many steps.")] = 300,
-    budget: Annotated[str, typer.Option(help="Stop so long after the first step: 90, 90s, 10m or 2h.")] = "60s",
+    budget: Annotated[str, typer.Option(help="Stop so long after the first step: 90s, 10m or 1h30m.")] = "60s",
     scale: Annotated[
         int | None,
         typer.Option(min=1, help="Prompt tokens of the trace to one of the replay. Default: so that 99 % fit."),
@@ -121,10 +122,10 @@ def _requests(trace: Path | None, seed: int) -> tuple[Iterator[Request], Scan, s
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if not match or not float(match[1]):
-        raise UsageError(f"--budget {text!r}: expected a time above 0 such as 90, 90s, 10m or 2h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+    try:
+        return seconds(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _check_writable(path: Path | None) -> None:
