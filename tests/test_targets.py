@@ -165,3 +165,20 @@ def test_what_is_no_answer_is_a_failure_that_says_so(answer, kind: str, told: st
     assert (judgement.status, judgement.kind) == ("fail", kind)
     assert re.search(told, judgement.text), judgement.text
     assert diagnose([SMALLEST], target, judgement).family == kind
+
+
+def test_a_shape_is_one_compilation_whatever_its_cases_hold() -> None:
+    """A campaign's budget of compilations counts shapes."""
+    import jax.monitoring
+
+    compiled = []
+
+    def listen(event: str, seconds: float, /, **rest) -> None:
+        compiled.extend([event] * event.endswith("backend_compile_duration"))
+
+    target = load("xla").asking(True)
+    shape = Shape(5, 2, 7, 2, 3, 1, 5, 6, "int8", sinks=True, lse=True)  # of sizes that nothing else has
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for seed, check in enumerate(("plain", "second_fill", "repeat")):
+        assert judge_plan(Plan(shape, ((3, 5), (1, 2)), seed=seed, check=check), target).status == "pass"
+    assert len(compiled) == 1, compiled
