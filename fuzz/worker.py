@@ -34,10 +34,10 @@ from fuzz.targets import Target, load
 # ahead, until 51 hold all pairs of features; then fewer, for a compilation costs as much as 500 cases. 95 % of all
 # triples are seen in 160 shapes.
 FIRST_SHAPES = 3
-PACE = ((300, 30), (19_680, 510), (10**9, 1500))
+PACE = ((300, 30), (17_400, 450), (10**9, 1500))
 FRESH = 4  # cases of a shape that come first when it is opened
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
-# Whose programs are compiled before they are asked for, and how many. Ours on a CPU: a compiler that may crash must do
+# Whose programs are compiled before they are asked for, and how many by all workers. Ours on a CPU: a compiler that may crash must do
 # so in the case that asked for it.
 COMPILED_AHEAD, AHEAD = ("xla",), 2
 MOST_SHAPES = 1000
@@ -116,7 +116,7 @@ def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
     cheap = judged > 0 and not state.compiled and "jax" not in sys.modules
     mine, workers = state.share
     each = min(MOST_SHAPES, -(-wanted_shapes(judged, cheap) // workers))
-    ahead = AHEAD if state.target.name in COMPILED_AHEAD else 0
+    ahead = -(-AHEAD // workers) if state.target.name in COMPILED_AHEAD else 0
     narrowed = state.stream.narrowed
     pool = [state.offered(shape) for shape in itertools.islice(state.stream.shapes(), (each + ahead) * workers)]
     if state.stream.narrowed and not narrowed:
