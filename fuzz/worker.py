@@ -37,8 +37,8 @@ FIRST_SHAPES = 3
 PACE = ((300, 30), (17_400, 450), (10**9, 1500))
 FRESH = 4  # cases of a shape that come first when it is opened
 CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
-# Whose programs are compiled before they are asked for, and how many by all workers. Ours on a CPU: a compiler that may crash must do
-# so in the case that asked for it.
+# Whose programs are compiled before they are asked for, and how many by all workers. Ours on a CPU: a compiler that may
+# crash must do so in the case that asked for it.
 COMPILED_AHEAD, AHEAD = ("xla",), 2
 MOST_SHAPES = 1000
 FEW_ROWS, FEW_TOKENS = 16, 1000  # what an interpreter does in a few seconds
