@@ -92,6 +92,18 @@ def _masked_then_capped(case: Case, x: np.ndarray) -> np.ndarray:
     return x if cap is None else np.append(x, np.float32(-cap))
 
 
+def _not_itself(case: Case, sequence: Sequence, low: int, high: int) -> tuple[int, int]:
+    """A token at the start of a page does not see itself."""
+    return low, high - ((high - 1) % case.page_size == 0 and high - low > 1)
+
+
+def _heads_by_two(case: Case, output: np.ndarray) -> np.ndarray:
+    """Kv heads are computed in pairs; the last of an odd number is lost."""
+    if case.num_kv_heads % 2 and case.num_kv_heads > 1:
+        output[:, -case.group :] = 0
+    return output
+
+
 def _past_the_end(case: Case, output: np.ndarray) -> np.ndarray:
     """Rows past the last one repeat it."""
     live = case.live_rows
@@ -122,6 +134,11 @@ BUGS: dict[str, Callable[[], Bug]] = {
     "int8 page index": lambda: Bug(read=_int8_column),
     "page edge after four": lambda: Bug(read=_late_edge),
     "window from the start": lambda: Bug(span=_from_the_start),
+    "window in whole pages": lambda: Bug(span=lambda c, s, a, b: (a // c.page_size * c.page_size, b)),
+    "itself at a page's start": lambda: Bug(span=_not_itself),
+    "groups of powers of two": lambda: Bug(head=lambda c, h: h // (1 << (c.group - 1).bit_length())),
+    "odd kv head": lambda: Bug(output=_heads_by_two),
+    "sink as a key of 0": lambda: Bug(sink=lambda sink, keys: 0.0 if sink > -np.inf else sink),
     "past 4096": lambda: Bug(span=lambda case, sequence, low, high: (min(low, 4095), min(high, 4096))),
     "odd groups": lambda: Bug(head=lambda c, h: h % c.num_kv_heads if c.group % 2 else h // c.group),
     "scale twice with a window": lambda: Bug(logits=lambda c, x: x if c.sliding_window is None else x * c.scale),
