@@ -33,6 +33,7 @@ TARGET = Path(__file__).parent / "h200_target.txtpb"
 CALLS = {
     "decode": (8, 8, 32, 8, 128, 16, None, None, False),
     "prefill": (8192, 1, 32, 8, 128, 128, None, None, False),
+    "prefill_several": (2048, 4, 32, 8, 128, 16, None, None, False),
     "prefill_256": (8192, 1, 16, 8, 256, 16, 4096, 50.0, False),
     "decode_window": (64, 64, 64, 8, 64, 16, 128, None, True),
     "prefill_window": (8192, 1, 64, 8, 64, 16, 128, None, True),

@@ -256,7 +256,7 @@ def prove_rows() -> None:
     tiling = prefill_work.Tiling(1, 64, 2, 1)
 
     def listed(inputs, shape):
-        return plan.prefill_tiles(plan.owners(inputs, shape), shape, tiling, 1).told
+        return plan.listed(plan.owners(inputs, shape), shape, tiling)[0].told
 
     tell = jax.jit(listed, static_argnums=1)
     for inputs, shape in layouts(42):
@@ -284,7 +284,8 @@ def prove_tiles() -> None:
     """Prefill tiles hold every row of every sequence they serve once, with its position."""
 
     def listed(inputs, shape, tiling, shortest):
-        return plan.prefill_tiles(plan.owners(inputs, shape), shape, tiling, shortest)
+        decoding = None if shortest == 1 else decode.Tiling(4, 64, 2, 64, 1, 1, 1, singles=True)
+        return plan.listed(plan.owners(inputs, shape), shape, tiling, decoding)[0]
 
     find = jax.jit(listed, static_argnums=(1, 2, 3))
     for shortest in (1, 2):
@@ -297,7 +298,7 @@ def prove_tiles() -> None:
             lengths = np.bincount(sequence[owner == 1], minlength=4)
             served = (owner == 1) & (lengths[sequence] >= shortest)
             seen = np.zeros(40, int)
-            for token8, begin, end, first, s, dirty in np.asarray(fields).T[: int(told[3])]:
+            for token8, begin, end, first, s, dirty in fields_of(fields, tiling).T[: int(told[3])]:
                 for row in range(begin, end):
                     token = token8 * 8 + row
                     seen[token] += 1
@@ -308,10 +309,15 @@ def prove_tiles() -> None:
             assert (seen == served).all(), (seen, served)
 
 
+def fields_of(flat, tiling: prefill_work.Tiling) -> np.ndarray:
+    """i32 [6, tiles], field by field, from the end of a list."""
+    return np.asarray(flat)[-6 * tiling.tiles :].reshape(6, -1)
+
+
 def owners_of(lengths, contexts) -> plan.Owners:
     """Valid sequences of so many query rows, one after the other."""
     stop, one = np.cumsum(lengths), np.ones(len(lengths), bool)
-    return plan.Owners(*map(jnp.asarray, (stop - lengths, stop, contexts, one, one, stop[-1], max(contexts))))
+    return plan.Owners(*map(jnp.asarray, (stop - lengths, stop, contexts, one, one, stop[-1])))
 
 
 def prove_order() -> None:
@@ -326,7 +332,8 @@ def prove_order() -> None:
             table_width=3000, dtype="bfloat16", scale=0.1, cap=None, window=None,
         )  # fmt: skip
         tiling = prefill_work.Tiling(plan.tile_bound(shape, count, 64, 1), 128, 2, 13)
-        told, fields = (np.asarray(x) for x in plan.prefill_tiles(owners_of(lengths, contexts), shape, tiling, 1))
+        told, fields = (np.asarray(x) for x in plan.listed(owners_of(lengths, contexts), shape, tiling)[0])
+        fields = fields_of(fields, tiling)
         total, pairs = int(told[count - 1]), 2 * heads
         deal = prefill_work.dealt(jnp.asarray(told[: count + 2]))
         place = jax.vmap(functools.partial(prefill_work.place_of, deal=deal, shape=shape, tiling=tiling))
@@ -388,7 +395,8 @@ def prove_items() -> None:
         def items(inputs, shape, tiling=tiling):
             units = None
             if tiling.singles:
-                found = plan.live_units(plan.owners(inputs, shape), shape, tiling)
+                tiles_of = prefill_work.Tiling(9, 64, 2, 1)
+                _, found = plan.listed(plan.owners(inputs, shape), shape, tiles_of, tiling)
                 units = decode.Listed(found.listed, found.through)
             one = functools.partial(decode_work.item_at, meta=metadata(inputs), units=units, shape=shape, tiling=tiling)
             listed = tiling.units if units is None else units.through[-1]

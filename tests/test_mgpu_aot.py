@@ -22,7 +22,8 @@ SPILLED = {
     "mixed_group_25": 32,
 }
 # Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
-LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 4, "mixed": 15}
+LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 3,
+            "prefill_several": 6, "mixed": 9}  # fmt: skip
 
 pytestmark = [
     pytest.mark.cuda_plugin,

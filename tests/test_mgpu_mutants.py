@@ -16,7 +16,7 @@ CAUGHT_BY = {
     "lanes_row_before": "lanes", "lanes_prefix": "lanes", "splits_averaged": "combine",
     "last_split_repeated": "combine", "causal_plus1": "prefill", "window_wide": "prefill_window",
     "v_not_sanitised": "prefill_window", "acc_not_rescaled": "decode_group_8", "kv_swapped": "decode_head_256",
-    "wait_removed": "decode_head_256", "group_before": "decode_one_split", "sink_head0": "prefill_edges",
+    "wait_removed": "decode_e5m2", "group_before": "decode_one_split", "sink_head0": "prefill_edges",
     "stray_page": "stray", "unit_of_next": "items", "released_early": "decode", "fence_removed": "decode_head_256",
     "k_scale_head0": "decode_e5m2", "widened_unfenced": "decode_e5m2",
     "converted_unwaited": "prefill_fp8", "converted_over": "prefill_fp8", "v_scale_last": "prefill_fp8",

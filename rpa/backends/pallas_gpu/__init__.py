@@ -63,7 +63,7 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
     """Output [T, Hq, D] and lse [T, Hq] or None, of every row."""
     assert todo.prefill is not None, "decode alone needs no tiles of prefill"
     own, meta = plan.owners(inputs, shape), metadata(inputs)
-    work = plan.prefill_tiles(own, shape, todo.prefill, 1 if todo.decode is None else 2)
+    work, found = plan.listed(own, shape, todo.prefill, todo.decode)
     q, sinks = inputs.queries, inputs.softmax_aux
     if todo.decode is not None:
         q, sinks = padded_heads(inputs, shape)
@@ -76,7 +76,6 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
     if todo.decode is None:
         output, lse = prefill.attend(*alone)
     else:
-        found = plan.live_units(own, shape, todo.decode)
         units = decode.Listed(found.listed, found.through)
         if todo.fused:
             both = (*listed, sinks, shape, todo.prefill, units, todo.decode, with_lse)
@@ -86,17 +85,19 @@ def prefilled(inputs: Inputs, signature: Signature, shape: Shape, todo: Program)
             parts = decode.attend(q, inputs.kv_pages, meta, units, heads, shape, todo.decode, with_lse)
         if todo.decode.splits > 1 or not todo.fused:
             parts = parts._replace(live=found.splits)
-            output, lse = with_singles(output, lse, parts, own, sinks, shape, todo.decode)
+            output, lse = with_singles(output, lse, parts, own, found.start, sinks, shape, todo.decode)
     if lse is not None:
         owner = plan.row_owners(own, shape.tokens)[:, None]
         lse = jnp.where(owner == 1, lse, jnp.where(owner == 2, jnp.nan, -jnp.inf))
     return output, lse
 
 
-def with_singles(output, lse, parts: decode.Outputs, own: plan.Owners, sinks, shape: Shape, tiling: decode.Tiling):
+def with_singles(
+    output, lse, parts: decode.Outputs, own: plan.Owners, start, sinks, shape: Shape, tiling: decode.Tiling
+):  # fmt: skip
     """Output and lse with the rows of the one-token sequences, which decode answered."""
     if tiling.splits > 1:
-        return combine.combine(parts, sinks, shape, tiling, lse is not None, (output, lse, own.start))
+        return combine.combine(parts, sinks, shape, tiling, lse is not None, (output, lse, start))
     single = own.live & own.valid & (own.stop - own.start == 1)
     token = jnp.where(single, own.start, shape.tokens + jnp.arange(single.shape[0]))  # past the end: dropped
     here = jnp.minimum(own.start, shape.tokens - 1)

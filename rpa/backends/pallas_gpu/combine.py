@@ -117,6 +117,8 @@ def joined(row, head, column, live, acc_ref, m_ref, l_ref, shape: Shape, tiling:
     # Of few parts all are loaded, the dead ones too: waiting for `live` first would be most of this kernel's time.
     eager = tiling.splits <= together and tiling.units * shape.kv_heads * shape.head_dim * n <= EAGER
     most = tiling.splits if eager else live
+    if tiling.singles and not eager:
+        together = min(together, 4)  # most rows have fewer parts
 
     def fold(step, carry):
         acc, m, l = carry

@@ -14,8 +14,11 @@ final; of several, `combine` joins the parts.
 All workers run one copy of the code: each in a copy of its own, instructions arrived more slowly than they were run.
 
 Slower on an H200: a window of 128 keys in one block of 192, 24.9 us against 22.7 (256 rows); rows in a window looked up
-once a head, 26.4; keys and values of short rows on barriers of their own, 23.7; long rows in blocks of 128 by one
-worker, 521 us against 494; one row of 8k in 64 splits, 12.7 us against 8.3 in 32: their join takes longer.
+once a head, 26.4; keys and values of short rows on barriers of their own, 23.7, and of 64 rows of 8k 493 against 490;
+long rows in blocks of 128 by one worker, 521 us against 494; one row of 8k in 64 splits, 12.7 us against 8.3 in 32:
+their join takes longer. A CTA of its own for every two items of those 64 rows in two splits, 484 against 470. No gain:
+page ids loaded a block ahead, 490 and 490; a lane that arrives for its warp, 495 and 496; neighbouring heads to the
+workers of one CTA, 471 and 470; pages in their order in memory, 1926 and 1935 (64 rows of 32k).
 """
 
 from __future__ import annotations
@@ -121,20 +124,27 @@ def fill_slot(item: Item, i, step, nth, stray, kv_ref, meta: Metadata, s: Scratc
         stray = stray | bad
         s.record[lax.rem(nth, I32(2)) * RECORD + STRAY] = stray
     # Pieces past the last live key are not copied: the consumer masks their scores and zeroes their values.
-    for which, ring, full, free in ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full or s.k_full, s.v_free)):
-        if free:
+    both = ((0, s.k, s.k_full, s.k_free), (1, s.v, s.v_full or s.k_full, s.v_free))
+    # Keys and values of a slot, neighbours in memory, are asked for page by page where they fall free together.
+    for streams in (both,) if tiling.joint else (both[:1], both[1:]):
+        for free in (free for _, _, _, free in streams if free):
             pl.when(step >= tiling.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
 
         for j, page in enumerate(pages):
 
             @pl.when(keys[j] < item.stop)
-            def _(j=j, page=page, which=which, ring=ring, full=full):
+            def _(j=j, page=page, streams=streams):
                 slots = pl.ds(lax.rem(keys[j], I32(shape.page)), run)
-                source = kv_ref.at[page, slots, 2 * head + which]
-                plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
+                for which, ring, full, _ in streams:
+                    source = kv_ref.at[page, slots, 2 * head + which]
+                    plgpu.copy_gmem_to_smem(source, ring.at[slot, pl.ds(j * run, run)], full.at[slot])
 
             if j:  # a block holds one key at least
-                pl.when(keys[j] >= item.stop)(lambda full=full: plgpu.barrier_arrive(full.at[slot]))
+
+                @pl.when(keys[j] >= item.stop)
+                def _(streams=streams):
+                    for _, _, full, _ in streams:
+                        plgpu.barrier_arrive(full.at[slot])
     return stray
 
 

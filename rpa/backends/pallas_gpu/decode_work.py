@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
     splits: int  # splits a row can need
     workers: int  # warpgroups a CTA, each with its own ring
     ctas: int
-    singles: bool = False  # the rows are one-token sequences, listed by `plan.live_units`; else all query rows
+    singles: bool = False  # the rows are one-token sequences, listed by `plan.listed`; else all query rows
     lanes: bool = True  # see `rows.search`
     short: bool = False  # a few blocks: neighbouring items go to one worker, which looks a row up once for its heads
     joint: bool = False  # keys and values share their barriers: fewer to set up, which short rows wait for
@@ -61,9 +61,9 @@ REDUCTION = 256  # numbers
 
 
 class Listed(NamedTuple):
-    """The units that `plan.live_units` lists, refs in global memory."""
+    """The units that `plan.listed` lists, refs in global memory."""
 
-    listed: Any  # i32 [units], the sequence of each
+    listed: Any  # i32 [.. + units], at its end the sequence of each
     through: Any  # i32 [S], the last is how many there are
 
 
@@ -154,7 +154,7 @@ def item_at(index, meta: Metadata, units, shape: Shape, tiling: Tiling) -> Item:
     """Finds one item's row and keys; items are dealt by split, row and head, heads fastest."""
     unit = lax.div(index, I32(shape.kv_heads))
     if tiling.singles:
-        sequence = jnp.minimum(units.listed[unit], tiling.rows - 1)
+        sequence = jnp.minimum(units.listed[units.listed.shape[0] - tiling.units + unit], tiling.rows - 1)
         split = unit - jnp.where(sequence > 0, units.through[jnp.maximum(sequence - 1, 0)], 0)
         token, position = meta.loc[sequence], meta.context[sequence] - 1
         owner = live = I32(1)

@@ -365,7 +365,7 @@ def attend(q, kv_pages, tables, count, tiles, scalars: Heads, shape: Shape, tili
     """[T, Hq, D] and, with `with_lse`, f32 [T, Hq] (only the rows of listed tiles).
 
     Args:
-        count: i32, see `told`. tiles: i32 [6, tiles], see `item_of`.
+        count: i32, see `told`. tiles: i32 [.. + 6 * tiles], see `plan.Tiles`.
         scalars: sinks and scales.
     """
 

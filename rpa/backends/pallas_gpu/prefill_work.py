@@ -207,7 +207,7 @@ class Told:
 
 
 def told(ref, sequences: int) -> tuple[Told, tuple[Told, ...]]:
-    """What `plan.prefill_tiles` tells beside the tiles: (tiles through each sequence, pairs at once, whether groups
+    """What `plan.listed` tells beside the tiles: (tiles through each sequence, pairs at once, whether groups
     are odd in number; the first rows of sequences, one past those to be filled with NaN (the first where none are),
     [first row of nobody], [how many sequences are invalid])."""
     s, lengths = sequences, (sequences, sequences, 1, 1)
@@ -267,7 +267,8 @@ def for_each_item(team, count_ref, tiles_ref, shape: Shape, tiling: Tiling, body
 
     def load(i):
         tile, pair = place_of(jnp.clip(index_of(i), 0, jnp.maximum(total - 1, 0)), deal, shape, tiling)
-        return tuple(tiles_ref[field, tile] for field in range(6)), pair
+        first = tiles_ref.shape[0] - 6 * tiling.tiles
+        return tuple(tiles_ref[first + field * tiling.tiles + tile] for field in range(6)), pair
 
     def loop(i, carry):
         step, nth, entry = carry

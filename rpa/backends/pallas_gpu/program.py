@@ -83,9 +83,10 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     # of 256 keys in blocks of 64. Eight rows: 14.2, 15.4 by three workers.
     few = usual_shape and items <= ctas and items * span <= 1 << 17
     # Short rows for every SM, or rows past counting, are best not split, unless that leaves SMs idle. 64 rows of 1k:
-    # 67.7 us, 76.4 in halves; 256 of 8k: 1929, 2060 in splits; 64 of 8k on pages of 16: 480, 484 in three splits.
+    # 67.7 us, 76.4 in halves; 256 of 8k: 1929, 2060 in splits; 64 of 8k on pages of 16: 480, 484 in three splits; of
+    # one kv head 256 of 8k: 243, 245 in three.
     short = usual_shape and not few and span <= 2048 and 8 * items >= 7 * ctas
-    many = usual_shape and items > 2 * ctas and 10 * items >= 9 * each * ctas
+    many = usual_shape and items > ctas and 10 * items >= 9 * each * ctas
     usual = usual_workers(shape, span, each)
     if few or short or many:
         usual = 1 if few else each if short and each <= 4 else 2
@@ -96,10 +97,13 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
         chunk = -(-span // block) * block
     else:
         chunk = split(span, items, workers * ctas, block, config)
-    one = decode.Tiling(rows, block, 1, chunk, -(-span // chunk), workers, ctas)
+    splits = -(-span // chunk)
+    if "ctas" not in dict(config.options):
+        ctas = even(items * splits, workers, ctas)
+    one = decode.Tiling(rows, block, 1, chunk, splits, workers, ctas, joint=not shape.stored)
     most = 8
     if chunk >= span and chunk <= 4 * block and span <= 16 * piece(shape.page, block):
-        one, most = one._replace(short=True, joint=not shape.stored), max(2, chunk // block)
+        one, most = one._replace(short=True), max(2, chunk // block)
     several = range(config.option("decode_stages", most), 0, -1)
     fits = (n for n in several if decode_memory(shape, one._replace(stages=n)) <= SMEM)
     stages = next(fits, 0)
@@ -122,6 +126,16 @@ def usual_workers(shape: Shape, span: int, each: int) -> int:
     if shape.head_dim * shape.columns > 3072 or shape.stored == "int8":  # large groups: two accumulators need registers
         return 2
     return 4 if shape.head_dim <= 64 and not shape.stored else 3
+
+
+def even(items: int, workers: int, ctas: int) -> int:
+    """CTAs that leave all workers as many items, where that idles few.
+
+    By 128 and by 132 on an H200: 64 rows of 8k 470 us and 481, of 32k 1857 and 1897; 8 rows of 32k 240 and 244.
+    """
+    each = max(1, -(-items // (workers * ctas)))
+    fewer = -(-items // (workers * each))
+    return fewer if 16 * fewer >= 15 * ctas else ctas
 
 
 def split(
@@ -323,4 +337,6 @@ def fused_program(
     free = SMEM - footprint(prefill_work.scratch_types(shape, tiling))
     fits = (n for n in range(8, 0, -1) if decode_memory(shape, decoding._replace(stages=n)) <= free)
     stages = next(fits, 0)
-    return Program(decoding._replace(stages=stages), tiling, fused=True) if stages else None
+    # With one slot the next keys come while this block's values are at work: 157 us with one kv head, 167 joint.
+    decoding = decoding._replace(stages=stages, joint=stages > 1)
+    return Program(decoding, tiling, fused=True) if stages else None
