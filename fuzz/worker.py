@@ -267,7 +267,7 @@ def _prepare_jax(out: Path, name: str) -> None:
     it. (Not the interpreters, nor what we do not know: their callbacks may need a second thread.) And its programs are
     compiled in one piece, which costs a tenth less than many and gives the same code.
     """
-    wanted = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
+    wanted = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     if name == "xla":
         wanted |= {"NPROC": "1", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
         wanted |= {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
