@@ -104,6 +104,14 @@ def test_an_option_it_would_ignore_is_refused():
         program(CALL, RaggedPageAttentionv2Config(options=(("warp_rows", 2),)), False)
 
 
+def test_heads_share_a_warpgroup_only_where_it_sees_all_their_keys():
+    local = dataclasses.replace(CALL, num_tokens=8192, max_seqs=1, head_dim=64, sliding_window=128)
+    assert program(local, RaggedPageAttentionv2Config(), False).prefill.packed == 4
+    assert program(local, RaggedPageAttentionv2Config(options=(("packed", 0),)), False).prefill.packed == 0
+    with pytest.raises(ValueError, match=r"'packed'=1: .*160 keys"):
+        program(local, RaggedPageAttentionv2Config(options=(("packed", 1),)), False)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_what_shared_memory_cannot_hold_is_refused_and_never_tuned(dim):
     call = dataclasses.replace(CALL, head_dim=dim)

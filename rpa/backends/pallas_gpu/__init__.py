@@ -147,7 +147,8 @@ def heuristic(signature: Signature, device: Device) -> RaggedPageAttentionv2Conf
 # What is worth measuring of each role; where two give one program, the tuner times one.
 DECODES = (("workers", 1), ("workers", 2), ("workers", 3), ("workers", 4), ("least_chunk", 128), ("least_chunk", 1024),
            ("decode_block", 128))  # fmt: skip
-PREFILLS = (("queries", 1), ("queries", 2), ("teams", 1), ("prefill_block", 64), ("prefill_block", 128), ("turns", 0))
+PREFILLS = (("queries", 1), ("queries", 2), ("near", 0), ("near", 12), ("near", 24), ("apart", 0), ("peek", 0),
+            ("prefill_block", 64), ("prefill_block", 128), ("turns", 0), ("packed", 0))  # fmt: skip
 MIXES = (("mixed_chunk", 1024), ("mixed_chunk", 4096), ("mixed_stages", 2), ("turns", 0))
 
 

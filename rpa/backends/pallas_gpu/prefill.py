@@ -4,17 +4,21 @@
 """Many query rows against a cache: the compute-bound half of the Hopper kernel.
 
 A tile is 64 query tokens of two heads of one group (of one head and 128 tokens where the group is odd, or 192 at head
-size 64): one consumer warpgroup for each 64 rows, all on the same keys. Tiles start at multiples of 8 rows, as TMA into
+size 64; in a short window of 48 tokens and 4 heads, 16 tokens a warpgroup): one consumer warpgroup for each 64 rows,
+all on the same keys. Tiles start at multiples of 8 rows, as TMA into
 a swizzled tile asks; rows of other sequences that share a tile are computed and dropped. Blocks lie at multiples of
 their size in the cache, so which rows share a tile changes no row's bits. A producer warp, or one for keys and one for
 values, gathers pages into a ring of [block, D] tiles; pages of 8 bits pass from a ring of their own through a
 warpgroup that converts them. `prefill_work` says what a tile is, `prefill_fold` what is done with it.
 
-Slower on an H200 (4 x 512 on 16k and 1 x 8k of 32/8 heads, head size 128, if nothing else is said): one producer warp
-that loads page ids ahead on pages of 16, 918 us against 842 by two; turns there, 855 against 848; none on pages of 128,
+Slower on an H200 (4 x 512 on 16k and 1 x 8k of 32/8 heads, head size 128, if nothing else is said): on pages of 16 one
+producer warp, 858 and 890 us against 820 and 852 by two; no turns, 962 and 983 against 835 and 860, and on pages of 128
 806 and 942 against 779 and 799; blocks of 64 keys, 1088 against 859; a third slot of the ring, 869 and 897 against 855
-and 888. Two pairs at head size 64, 1217 against 1154; products ahead in a window of 128, 114 against 107, and with
-them at head size 256, 694 against 676. Blocks of 64 keys at head sizes 96 and 80, 1235 and 1206 against 1136 and 1037.
+and 888; one sequence's tiles dealt by what keys they share, 805 against 771 on pages of 128. Two pairs at head size 64,
+1217 against 1154. At head size 256 products ahead, 694 against 676; blocks of 80 keys, 680 against 658; no turns, 706
+against 684; four heads at a time in a window of 4096, 683 against 658. In a window of 128 an online softmax, 99 against
+71; what is told of the next tile loaded before this one, 73.5. Blocks of 64 keys at head sizes 96 and 80, 1235 and 1206
+against 1136 and 1037.
 """
 
 from __future__ import annotations
@@ -104,7 +108,7 @@ def produce(
                 plgpu.copy_gmem_to_smem(source, target, s.q_full.at[place])
         lax.fori_loop(early, item.blocks, block, found)
 
-    steps, nth = for_each_item(team, count_ref, tiles_ref, shape, tiling, body)
+    steps, nth = for_each_item(team, count_ref, tiles_ref, shape, tiling, body, feeds=True)
     if 0 in streams:
         drain(tiling.queries, nth, s.q_free)
         drain(tiling.stages + tiling.more, steps, s.k_free)

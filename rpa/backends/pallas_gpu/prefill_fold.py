@@ -7,7 +7,8 @@ Blocks are folded from the causal edge backwards. Those that an edge cuts are ma
 in one of two ways. `ahead`: the scores of a block are multiplied together with the values of the one before, so that
 the tensor cores have work during a warpgroup's softmax; on large pages the warpgroups issue their products in turn (the
 order is FlashAttention-3's). Or one product after the other, two warpgroups in step, one in its softmax while the other
-multiplies: what head sizes past 128 and pages of 8 bits have registers for, and what two pairs in a window need.
+multiplies: what head sizes past 128 and pages of 8 bits have registers for. In a short window all keys that a
+warpgroup sees are one product, and no softmax is rescaled.
 A row's bits are the same whichever way a block is folded that it sees whole, or not at all.
 """
 
