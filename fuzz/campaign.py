@@ -75,6 +75,8 @@ class Campaign:
         self.children: dict[int, Child] = {}
         self.deaths: Counter = Counter()
         self.shared: set[Plan] = set()
+        self.killed: list[Plan] = []  # their worker was, once
+        self.again: list[Plan] = []  # to be judged again
         self.told = 0.0  # when the progress display was
         self.trouble: str | None = None
 
@@ -210,7 +212,7 @@ class Campaign:
             self.children[worker].send(None)
             self.children.pop(worker).end(gently=5.0)
             return
-        shared = self._from_store(cases)
+        shared = [self.again.pop()] if self.again else self._from_store(cases)
         chunk = Chunk(self.tally.next_chunk, len(shared) or cases, self.tally.cases, tuple(shared))
         self._write("chunk", chunk=chunk.number, worker=worker)
         self.promised[worker] = chunk.cases
@@ -260,7 +262,10 @@ class Campaign:
         if how == "timeout":
             words = f"no answer in {self.settings.case_timeout:g} s"
         text = f"{how}: {words} {child.last_words()}".strip()
-        if plan is not None:
+        if plan is not None and words.endswith("SIGKILL") and plan not in self.killed:
+            self.killed.append(plan)  # from outside, or for memory: no failure unless it happens again
+            self.again.append(plan)
+        elif plan is not None:
             report = {
                 "status": "fail",
                 "kind": how,

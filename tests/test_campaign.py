@@ -37,6 +37,11 @@ def crashes(*arrays, **options):
     if calls > 20:
         os.abort()
     return kernel(*arrays, **options)
+def killed(*arrays, **options):
+    if not os.path.exists("killed"):
+        open("killed", "w").close()
+        os.kill(os.getpid(), 9)
+    return kernel(*arrays, **options)
 def hangs(*arrays, **options):
     time.sleep(1000)
 def refuses(*arrays, **options):
@@ -174,6 +179,12 @@ def test_a_kernel_that_crashes_the_process_is_a_failure_with_its_case(folder: Pa
     assert found["kind"] == "crash"
     assert "SIGABRT" in found["text"]
     assert (folder / "out/failures" / found["id"] / "case.npz").exists()
+
+
+def test_a_worker_killed_from_outside_accuses_nobody(folder: Path) -> None:
+    done = rpa_fuzz(folder, "run", "--target", "own:killed", "--max-examples", "20", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert read_record(folder / "out").cases == 20
 
 
 def test_a_failure_whose_shrinking_is_cut_short_is_left_as_it_was_found(tmp_path: Path) -> None:
