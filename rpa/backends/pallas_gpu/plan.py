@@ -111,7 +111,8 @@ def listed(own: Owners, shape: Shape, tiling: prefill_work.Tiling, decoding: dec
     bad, splits, starts, stops = each[2:]
     tile = jnp.arange(tiling.tiles, dtype=jnp.int32)
     if decoding is None and s <= 8:  # so few that no kernel of its own counts them
-        owner = sum((tile >= through[sequence]).astype(jnp.int32) for sequence in range(s))
+        before = ((tile >= through[sequence]).astype(jnp.int32) for sequence in range(s))
+        owner = sum(before, jnp.zeros_like(tile))
     else:  # of tiles and of units, by one kernel
         unit = jnp.arange(0 if decoding is None else decoding.units, dtype=jnp.int32)
         of_tiles = jnp.arange(len(tile) + len(unit))[:, None] < len(tile)
