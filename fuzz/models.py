@@ -69,6 +69,8 @@ MODELS: dict[str, Model] = {
         Model("tiny", 4, 2, 32, _TINY),
         Model("llama3-8b", 32, 8, 128, (_FULL,)),
         Model("llama3-70b-tp8", 8, 1, 128, (_FULL,)),  # one of eight tensor-parallel shards
+        Model("qwen2-7b", 28, 4, 128, (_FULL,)),  # a group that no power of two divides
+        Model("qwen3-14b", 40, 8, 128, (_FULL,)),
         Model("mistral-7b", 32, 8, 128, (Layer("local", sliding_window=4096),)),
         Model("gemma2", 16, 8, 256, _GEMMA),  # Gemma 2 9B
         Model("gpt-oss", 64, 8, 64, _GPT_OSS),  # both sizes share these shapes

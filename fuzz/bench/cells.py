@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -123,7 +124,21 @@ def gpu_cells() -> list[Cell]:
     """The cells in which GPU kernels are compared, those first that a short budget should reach."""
     cells = [*_compared(16), *_others(16), *_compared(64), *_compared(128)]
     cells += growth("llama3-8b", "full", (2 * K, 8 * K, 32 * K), (4, 16, 64), (16, 32, 128), 8 * K, 16)
-    return [*cells, *_others(64), *_others(128)]
+    cells += [*_others(64), *_others(128)]
+    for page in (32, 256, 16, 64, 128):
+        cells += _odd(page)
+    return [*cells, *_compared(32), *_compared(256)]
+
+
+def _odd(page: int) -> list[Cell]:
+    """Heads and lengths that nobody tunes for."""
+    few, many = ("qwen2-7b", "full"), ("qwen3-14b", "full")
+    return [
+        mixed(*many, 48, K, 8 * K, ((1500, 3 * K),), page),
+        prefill(*few, 2, 3 * K, page=page),
+        prefill(*many, 3, 700, 5 * K, page=page),
+        *(decode(*model, batch, n, page) for model, batch, n in ((many, 24, 5 * K), (few, 5, 3000), (few, 96, 1500))),
+    ]
 
 
 def _compared(page: int) -> list[Cell]:
@@ -169,3 +184,20 @@ def cells_for(platform: str) -> list[Cell]:
         known = unique.get(cell.name)
         unique[cell.name] = cell if known is None else replace(known, families=known.families + cell.families)
     return list(unique.values())
+
+
+def named(every: list[Cell], only: str) -> list[Cell]:
+    """The cells whose name contains `only`, or in which that regular expression is found.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        pattern = re.compile(only)
+    except re.error:
+        pattern = re.compile(re.escape(only))
+    chosen = [cell for cell in every if only in cell.name or pattern.search(cell.name)]
+    if not chosen:
+        kinds = ", ".join(dict.fromkeys("/".join(cell.name.split("/")[:2]) for cell in every))
+        raise ValueError(f"--only {only!r}: no cell's name contains or matches it; they begin with {kinds}")
+    return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -53,7 +52,7 @@ def events(settings: Settings) -> Iterator[Event]:
     chip = jax.devices()[0].platform.replace("cuda", "gpu")
     try:
         contenders = contenders_on(chip, settings)
-        chosen = named(cells.cells_for(chip), settings.only)
+        chosen = cells.named(cells.cells_for(chip), settings.only)
     except ValueError as error:
         yield REFUSED, str(error)
         return
@@ -75,18 +74,6 @@ def _device_lives() -> bool:
         return float(jax.block_until_ready(jnp.ones(()) + 1)) == 2.0
     except Exception:  # whatever it says, nothing runs here any more
         return False
-
-
-def named(every: list[Any], only: str) -> list[Any]:
-    """The cells whose name contains `only`, or matches it as a regular expression."""
-    try:
-        pattern = re.compile(only)
-    except re.error:
-        pattern = re.compile(re.escape(only))
-    chosen = [cell for cell in every if only in cell.name or pattern.search(cell.name)]
-    if not chosen:
-        raise ValueError(f"--only {only!r}: no cell's name contains or matches it")
-    return chosen
 
 
 def contenders_on(chip: str, settings: Settings) -> list[Contender]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fuzz.commands.duration import seconds
+
 USAGE = 2
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 _Platform = Annotated[str, typer.Option(help="auto, xla, triton, pallas or cuda.")]
 
 
@@ -90,8 +91,10 @@ def _explained(model: Any, layer: Any, tokens: int, seqs: int, context: int, pag
 
 
 def tune(
-    budget: Annotated[str, typer.Option(help="Stop after so long: 90, 90s, 10m or 2h.")] = "10m",
-    only: Annotated[list[str] | None, typer.Option(help="Only cells of `rpa bench` whose name has this text.")] = None,
+    budget: Annotated[str, typer.Option(help="Stop after so long: 90s, 10m or 1h30m.")] = "10m",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only cells whose name contains this text, or matches it.")
+    ] = None,
     platform: _Platform = "auto",
     iters: Annotated[int, typer.Option(min=1, help="Timed calls a candidate.")] = 50,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile and judge; they time in turn.")] = 1,
@@ -104,12 +107,13 @@ def tune(
     Every candidate is judged by the oracle before it is timed, and every winner is stored at once. Exit codes: 0, or 2
     where nothing could be tuned or stored.
     """
-    match = re.fullmatch(r"(\d+)([smh]?)", budget.strip())
-    if match is None:
-        raise _fail(f"--budget {budget!r}: 90, 90s, 10m or 2h is expected")
+    try:
+        limit = seconds(budget)
+    except ValueError as error:
+        raise _fail(str(error)) from None
     if table is not None and (table.is_dir() or not table.parent.is_dir()):
         raise _fail(f"--table {table}: a file in an existing folder is expected")
-    end = time.monotonic() + int(match[1]) * _UNITS[match[2]]
+    end = time.monotonic() + limit
     if workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the workers share the device's memory
     try:
@@ -127,15 +131,12 @@ def _tune_cells(end: float, only: list[str], platform: str, iters: int, workers:
     from rich.progress import Progress
 
     from fuzz import tuning
+    from fuzz.bench.cells import named
     from rpa.device import current
     from rpa.validate import platform_of
 
     platform_of(platform)
-    known = tuning.cells_to_tune(current().platform)
-    cells = tuning.distinct([cell for cell in known if all(text in cell.name for text in only)])
-    if not cells:
-        kinds = ", ".join(dict.fromkeys("/".join(cell.name.split("/")[:2]) for cell in known))
-        raise ValueError(f"--only {' --only '.join(only)}: no cell has such a name; they begin with {kinds}")
+    cells = tuning.distinct(reduce(named, only, tuning.cells_to_tune(current().platform)))
     console, count, path = Console(), 0, tuning.store(tuning.Outcome("", ""), table)
     if path is None:  # said now rather than after the first winner
         raise typer.Exit(USAGE)

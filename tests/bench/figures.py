@@ -76,7 +76,7 @@ def h200() -> str:
         if cell in small or _at(16, cell) not in small:
             theirs = " | ".join(_us(_least(times, cell, names)) for names in _PEERS.values())
             lines.append(f"| `{_short(cell)}` | {floor * 1e6:,.1f} | {_ours(times, cell)} | {theirs} |")
-    if pages := [size for size in (32, 64, 128) if any(_at(size, cell) in floors for cell in small)]:
+    if pages := [size for size in (32, 64, 128, 256) if any(_at(size, cell) in floors for cell in small)]:
         heads = " | ".join(f"{name}, page {size}" for size in pages for name in _OURS)
         lines += ["", f"| cell | {heads} |", "|---|" + "---|" * (len(pages) * len(_OURS))]
         for cell in small:
