@@ -167,7 +167,9 @@ def no_sink(case: Case, seed: int) -> Expectation | None:
 def values_doubled(case: Case, seed: int) -> Expectation | None:
     """Twice the values, twice the output, bit for bit: no rounding knows the difference.
 
-    But among subnormal outputs it does: an answer of 0 by cancellation may come out as one of those.
+    But below the normal range it does: an answer of 0 by cancellation may come out as a subnormal, and products that
+    are flushed to 0 may be normal when doubled. They add up to at most `keys` of the least normal number, which moves
+    a rounding once in 2**12 answers that are as small as `least`, and rarer the larger they are.
     """
     pages = np.array(case.kv_pages)
     finite = np.isfinite(pages[:, :, 1::2].astype(np.float32))
@@ -177,14 +179,17 @@ def values_doubled(case: Case, seed: int) -> Expectation | None:
         return None
     out = dtype_of(case.queries.dtype.name)
     largest, smallest = float(ml_dtypes.finfo(out).max), float(ml_dtypes.finfo(out).tiny)
+    keys = max((sequence.context_len for sequence in case.sequences()), default=0)
+    flushed = keys * float(np.finfo(np.float32).tiny)
+    least = 4 * max(smallest, 2**12 * flushed / float(ml_dtypes.finfo(out).eps))
 
     def predict(output: np.ndarray) -> np.ndarray:
         """Where doubling is exact; elsewhere whatever the kernel returns is right."""
         return (output.astype(np.float64) * 2).clip(-largest, largest).astype(output.dtype)
 
     answer = np.abs(attend(case)[0])
-    safe = ~((answer > 0) & (answer < 4 * smallest)) & ~(answer > largest / 4)
-    return Expectation(case.replace(kv_pages=pages), predict, safe, least=4 * smallest)
+    safe = ~((answer > 0) & (answer < least)) & ~(answer > largest / 4)
+    return Expectation(case.replace(kv_pages=pages), predict, safe, least=least)
 
 
 def head_permutation(case: Case, seed: int) -> Expectation | None:
