@@ -1,7 +1,8 @@
 """A campaign: workers judge chunks of cases until the budget is spent; every case is on disk before the next one.
 
 The record is the state. A campaign that is killed at any moment goes on from it: chunks that were begun are never
-begun again, so no case repeats, and at most the case in flight is lost.
+begun again, so no case repeats, and at most the case in flight is lost. A failure whose shrinking was cut short is
+shrunk first.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import datetime
 import fcntl
 import hashlib
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -77,6 +79,8 @@ class Campaign:
         self.shared: set[Plan] = set()
         self.killed: list[Plan] = []  # their worker was, once
         self.again: list[Plan] = []  # to be judged again
+        unshrunk = self.tally.unshrunk if settings.reduce else {}
+        self.unshrunk = [(Plan.from_json(plan), text) for plan, text in sorted(unshrunk.items())]
         self.told = 0.0  # when the progress display was
         self.trouble: str | None = None
 
@@ -109,7 +113,7 @@ class Campaign:
                 self._write("campaign", target=self.settings.target, seed=self.settings.seed)
             for worker in range(self.settings.workers):
                 self._start(worker)
-            while self.children and not self._over():
+            while self.children and (self.unshrunk or not self._over()):
                 self._step()
                 self._tell()
             self.watch(self.tally)
@@ -141,7 +145,7 @@ class Campaign:
 
     def _left_as_found(self, plan: Plan, text: str) -> None:
         """A failure whose shrinking was cut short, by Ctrl-C or a slow kernel: the case as it was drawn."""
-        name = f"unshrunk-{hashlib.sha256(plan.to_json().encode()).hexdigest()[:8]}"
+        name = _unshrunk_name(plan.to_json())
         self._write("failure", id=name, kind="unshrunk", status="fail", text=text, diagnosis="not shrunk: stopped",
                     family="unknown", mutant=None, plan=plan.to_json(), found=plan.to_json(),
                     shrink_seconds=0, tried=0)  # fmt: skip
@@ -183,6 +187,7 @@ class Campaign:
             self._judged(worker, self.flying.pop(worker), rest[0])
         elif kind == "reducing":
             self.reducing[worker] = rest[0], rest[1]
+            self._write("reducing", plan=rest[0].to_json(), text=rest[1])
         elif kind == "failure":
             self.reducing.pop(worker, None)
             self._failure(rest[0])
@@ -200,10 +205,15 @@ class Campaign:
             self.children.pop(worker).end()
         elif kind == "done":
             self.promised.pop(worker, None)
+            self.reducing.pop(worker, None)
             self._next(worker)
 
     def _next(self, worker: int) -> None:
         """Hand out the next chunk, or end the worker when no case is left."""
+        if self.unshrunk:
+            self.reducing[worker] = self.unshrunk.pop()
+            self._send(worker, 0, unshrunk=(self.reducing[worker][0],))
+            return
         workers = self.settings.workers
         cases = min(self._left(), FIRST_CHUNK if self.tally.next_chunk < workers else CHUNK)
         if self.tally.next_chunk < workers and self.settings.max_examples is not None:
@@ -213,7 +223,10 @@ class Campaign:
             self.children.pop(worker).end(gently=5.0)
             return
         shared = [self.again.pop()] if self.again else self._from_store(cases)
-        chunk = Chunk(self.tally.next_chunk, len(shared) or cases, self.tally.cases, tuple(shared))
+        self._send(worker, len(shared) or cases, tuple(shared))
+
+    def _send(self, worker: int, cases: int, plans: tuple[Plan, ...] = (), unshrunk: tuple[Plan, ...] = ()) -> None:
+        chunk = Chunk(self.tally.next_chunk, cases, self.tally.cases, plans, unshrunk)
         self._write("chunk", chunk=chunk.number, worker=worker)
         self.promised[worker] = chunk.cases
         self.children[worker].send(chunk)
@@ -248,22 +261,30 @@ class Campaign:
         plan = Plan.from_json(found["plan"])
         if self.ledger.excuses(plan, True, found["kind"]) is None:
             self._write("failure", **found)
+            shutil.rmtree(self.settings.out / "failures" / _unshrunk_name(found["found"]), ignore_errors=True)
             entry = {"target": self.settings.target, "finding": found["id"], "plan": found["plan"]}
             with open(self.settings.out / "corpus.jsonl", "a") as stream:
                 stream.write(json.dumps(entry) + "\n")
+        else:
+            self._write("reduced", plan=found["found"])
 
     def _died(self, worker: int, how: str) -> None:
         """A child that crashed or hung: the case in flight is its failure; another child goes on."""
         child, plan = self.children.pop(worker), self.flying.pop(worker, None)
         self.promised.pop(worker, None)
-        if worker in self.reducing:
-            self._left_as_found(*self.reducing.pop(worker))
+        reducing = self.reducing.pop(worker, None)
         words = child.end(gently=1.0 if how == "crash" else 0.0)
         if how == "timeout":
             words = f"no answer in {self.settings.case_timeout:g} s"
         text = f"{how}: {words} {child.last_words()}".strip()
-        if plan is not None and words.endswith("SIGKILL") and plan not in self.killed:
-            self.killed.append(plan)  # from outside, or for memory: no failure unless it happens again
+        busy = reducing[0] if reducing is not None else plan
+        spared = words.endswith("SIGKILL") and busy not in self.killed  # from outside, or for memory: once is nothing
+        if spared and busy is not None:
+            self.killed.append(busy)
+        if reducing is not None:
+            self._left_as_found(*reducing)
+            self.unshrunk += [reducing] if spared else []
+        elif plan is not None and spared:
             self.again.append(plan)
         elif plan is not None:
             report = {
@@ -310,6 +331,10 @@ def _open_record(path: Path) -> Any:
         if stream.read(1) != "\n":
             stream.write("\n")
     return stream
+
+
+def _unshrunk_name(plan: str) -> str:
+    return f"unshrunk-{hashlib.sha256(plan.encode()).hexdigest()[:8]}"
 
 
 def _leave_case(folder: Path, plan: Plan, target: str, what: str) -> None:

@@ -34,6 +34,7 @@ class Tally:
     next_chunk: int = 0
     session: int = 0
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unshrunk: dict[str, str] = field(default_factory=dict)  # plans whose shrinking was cut short: what is wrong
     accepted: list[str] = field(default_factory=list)
     coverage: Coverage = field(default_factory=Coverage)
 
@@ -46,7 +47,13 @@ class Tally:
             self.campaign = line["target"], line["seed"]
         elif kind == "chunk":
             self.next_chunk = max(self.next_chunk, line["chunk"] + 1)
+        elif kind == "reducing":
+            self.unshrunk[line["plan"]] = line["text"]
+        elif kind == "reduced":
+            self._reduced(line["plan"])
         elif kind == "failure":
+            if line["kind"] != "unshrunk":
+                self._reduced(line["found"])
             self.failures[line["id"]] = line
         elif kind == "gap":
             self.declined[line["text"]] = line["shapes"]
@@ -60,6 +67,14 @@ class Tally:
     def pairs(self) -> tuple[int, int]:
         """Pairs of features seen and possible, without those that the target does not take."""
         return self.coverage.share(self.barred)
+
+    def _reduced(self, plan: str) -> None:
+        """A failure that was left as it was found, if it was, has been shrunk since."""
+        self.unshrunk.pop(plan, None)
+        for name in [
+            name for name, line in self.failures.items() if (line["kind"], line["found"]) == ("unshrunk", plan)
+        ]:
+            del self.failures[name]
 
     def _case(self, line: dict[str, Any], plan: Plan) -> None:
         status = line["status"]

@@ -53,6 +53,7 @@ class Chunk:
     cases: int
     judged_before: int  # by the whole campaign: decides how many shapes are open
     plans: tuple[Plan, ...] = ()  # judged as they are, instead of drawn
+    unshrunk: tuple[Plan, ...] = ()  # failures that are counted already: only shrunk
 
 
 @dataclass
@@ -156,9 +157,11 @@ def why_not(shape: Shape, target: Target) -> str | None:
 
 
 def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
-    if chunk.plans:
-        for plan in chunk.plans:
-            _one(pipe, state, plan)
+    for plan in chunk.unshrunk:
+        _reduce(pipe, state, plan, judge_plan(plan, state.target))
+    for plan in chunk.plans:
+        _one(pipe, state, plan)
+    if chunk.plans or chunk.unshrunk:
         return
     if not open_shapes(state, chunk.judged_before):
         pipe.send(("barren",))
@@ -205,7 +208,7 @@ def _fresh(state: State, pool: tuple[Shape, ...], chunk: Chunk) -> list[Plan]:
 
 
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
-    """Judge one plan, telling the parent before and after; shrink a failure of a new sort."""
+    """Judge one plan, telling the parent before and after; see to a failure."""
     state.judged.add(plan)
     state.ahead.wait(plan.shape)
     pipe.send(("begin", plan))
@@ -216,11 +219,16 @@ def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
               "seconds": time.monotonic() - began, "compiled": state.compiled,
               "elements": judgement.verdict.judged if judgement.verdict else 0}  # fmt: skip
     pipe.send(("end", report))
+    _reduce(pipe, state, plan, judgement)
+    return judgement
+
+
+def _reduce(pipe: Connection, state: State, plan: Plan, judgement: Judgement) -> None:
+    """Shrink a failure of a new sort."""
     if judgement.bad and state.reduce and _is_news(state, judgement):
         state.reduced.append(judgement)
         pipe.send(("reducing", plan, judgement.text))
         pipe.send(("failure", left_behind(plan, state.target, judgement, state.out)))
-    return judgement
 
 
 def _is_news(state: State, judgement: Judgement) -> bool:

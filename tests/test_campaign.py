@@ -199,6 +199,25 @@ def test_a_failure_whose_shrinking_is_cut_short_is_left_as_it_was_found(tmp_path
     compile((folder / "reproduce.py").read_text(), "reproduce.py", "exec")
 
 
+def test_a_failure_whose_shrinking_was_cut_short_is_shrunk_by_whoever_goes_on(folder: Path) -> None:
+    arguments = ("run", "--target", "mutant:causal_plus1", "--max-examples", "3", "--max-failures", "1", "--out", "out")
+    assert rpa_fuzz(folder, *arguments).returncode == 1
+    out = folder / "out"
+    lines = list(corpus.read_lines(out / "record.jsonl"))
+    (shrunk,) = read_record(out).failures
+    killed = [json.dumps(line) + "\n" for line in lines if line["line"] != "failure"]  # while it was being shrunk
+    (out / "record.jsonl").write_text("".join(killed))
+    assert (read_record(out).failures, len(read_record(out).unshrunk)) == ({}, 1)
+    campaign = Campaign(Settings("mutant:causal_plus1", out))
+    with open(out / "record.jsonl", "a") as campaign.record:  # or by Ctrl-C
+        campaign._left_as_found(*campaign.unshrunk[0])
+    (left,) = (out / "failures").glob("unshrunk-*")
+    assert rpa_fuzz(folder, *arguments).returncode == 1
+    assert list(read_record(out).failures) == [shrunk]
+    assert not left.exists()
+    assert read_record(out).cases == sum(line["line"] == "case" for line in lines)
+
+
 @pytest.mark.slow
 def test_a_failure_found_at_the_end_of_the_budget_is_still_shrunk(folder: Path) -> None:
     done = rpa_fuzz(folder, "run", "--target", "mutant:causal_plus1", "--budget", "2s", "--out", "out")
