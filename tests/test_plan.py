@@ -160,9 +160,9 @@ def test_forty_compilations_go_into_any_ten_thousand_cases(seed: int) -> None:
         assert compiled[wanted_shapes(last)] - compiled[wanted_shapes(first)] <= 40, (first, last)
 
 
-@pytest.mark.parametrize(("cases", "size", "share"), [(17_400, "pairs", 1.0), (180_000, "triples", 0.95)])
+@pytest.mark.parametrize(("cases", "size", "share"), [(16_050, "pairs", 1.0), (180_000, "triples", 0.95)])
 def test_pairs_are_complete_within_two_minutes_of_cases_and_triples_nearly_within_fifteen(cases, size, share) -> None:
-    """At 145 cases a second, and later 200. Sixty plans of each shape open then stand for all of a campaign."""
+    """At 134 cases a second, and later 200. Sixty plans of each shape open then stand for all of a campaign."""
     chance, cover = random.Random(0), Coverage()
     for shape in first_shapes(0, wanted_shapes(cases)):
         for _ in range(60):
