@@ -64,17 +64,19 @@ def h200() -> str:
     date, results = record["date"], record["results"]
     times = {(r["cell"], r["backend"]): r["seconds"] for r in results if r["seconds"] is not None}
     floors = {r["cell"]: r["floor"] for r in results}
+    timed = {backend for _, backend in times}
+    peers = {name: ways for name, ways in _PEERS.items() if timed & set(ways)}
     lines = [
         f"{date}, one H200: microseconds on the device, every contender judged and timed in one run; in brackets ours "
         'over the best peer, "-" where one cannot or is not right.',
         "",
-        f"| cell | floor | {' | '.join((*_OURS, *_PEERS))} |",
-        "|---|" + "---|" * (len(_OURS) + len(_PEERS) + 1),
+        f"| cell | floor | {' | '.join((*_OURS, *peers))} |",
+        "|---|" + "---|" * (len(_OURS) + len(peers) + 1),
     ]
     small = [cell for cell in floors if "/p16/" in cell]
     for cell, floor in floors.items():
         if cell in small or _at(16, cell) not in small:
-            theirs = " | ".join(_us(_least(times, cell, names)) for names in _PEERS.values())
+            theirs = " | ".join(_us(_least(times, cell, names)) for names in peers.values())
             lines.append(f"| `{_short(cell)}` | {floor * 1e6:,.1f} | {_ours(times, cell)} | {theirs} |")
     if pages := [size for size in (32, 64, 128, 256) if any(_at(size, cell) in floors for cell in small)]:
         heads = " | ".join(f"{name}, page {size}" for size in pages for name in _OURS)
