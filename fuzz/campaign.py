@@ -146,9 +146,9 @@ class Campaign:
     def _left_as_found(self, plan: Plan, text: str) -> None:
         """A failure whose shrinking was cut short, by Ctrl-C or a slow kernel: the case as it was drawn."""
         name = _unshrunk_name(plan.to_json())
-        self._write("failure", id=name, kind="unshrunk", status="fail", text=text, diagnosis="not shrunk: stopped",
-                    family="unknown", mutant=None, plan=plan.to_json(), found=plan.to_json(),
-                    shrink_seconds=0, tried=0)  # fmt: skip
+        self._write("failure", id=name, kind="unshrunk", status="fail", text=text,
+                    diagnosis="not shrunk: stopped; the same command goes on", family="unknown", mutant=None,
+                    plan=plan.to_json(), found=plan.to_json(), shrink_seconds=0, tried=0)  # fmt: skip
         folder = self.settings.out / "failures" / name
         _leave_case(folder, plan, self.settings.target, "fails on this case, which is not shrunk")
 
