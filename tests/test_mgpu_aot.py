@@ -22,7 +22,7 @@ SPILLED = {
     "mixed_group_25": 32,
 }
 # Programs a call launches at most: decode's kernel, and one more where its rows are split; others plan before.
-LAUNCHES = {"decode": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 3,
+LAUNCHES = {"decode": 2, "decode_few": 2, "decode_window": 1, "decode_e4m3": 2, "decode_int8": 1, "prefill": 3,
             "prefill_several": 6, "mixed": 9}  # fmt: skip
 
 pytestmark = [
@@ -47,7 +47,7 @@ def reports() -> dict[str, dict]:
 @pytest.mark.parametrize(
     "call",
     [
-        *("decode", "decode_window", "decode_e4m3", "decode_int8", "mixed", "mixed_e5m2"),
+        *("decode", "decode_few", "decode_few_64", "decode_window", "decode_e4m3", "decode_int8", "mixed", "mixed_e5m2"),
         *("prefill", "prefill_256", "prefill_window", "prefill_e4m3", "prefill_192_int8"),
         *("prefill_odd", "prefill_240", "mixed_odd", "mixed_group_25"),
     ],

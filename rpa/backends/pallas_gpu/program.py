@@ -79,9 +79,12 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     items, span = rows * shape.kv_heads, span_of(shape, config.option("decode_block", 64))
     usual_shape = shape.head_dim == 128 and shape.columns == 8 and not shape.stored and span > 512
     each = -(-items // ctas)
-    # So little that time is latency: wide blocks, and splits of one. One row of 1k, 8 kv heads: 7.1 us, 9.0 with splits
-    # of 256 keys in blocks of 64. Eight rows: 14.2, 15.4 by three workers.
-    few = usual_shape and items <= ctas and items * span <= 1 << 17
+    # So little that time is latency: wide blocks by one worker, and short splits. One row of 1k, 8 kv heads: 7.1 us,
+    # 9.0 with splits of 256 keys in blocks of 64; eight rows 14.2, 15.4 by three workers. By three workers in splits of
+    # 512, heads 40/8 took 16.6 instead of 6.7, of 8k 20.8 for 15.2; 28/4, 5 rows of 3000, 21.2 for 15.7; head size 64,
+    # 64/8, 9.5 for 5.3.
+    little = items <= ctas and span > 512 and items * span <= 1 << 17
+    few = little and shape.head_dim in (64, 128) and shape.columns <= 16 and not shape.stored
     # Short rows for every SM, or rows past counting, are best not split, unless that leaves SMs idle. 64 rows of 1k:
     # 67.7 us, 76.4 in halves; 256 of 8k: 1929, 2060 in splits; 64 of 8k on pages of 16: 480, 484 in three splits; of
     # one kv head 256 of 8k: 243, 245 in three.
