@@ -33,6 +33,7 @@ TARGET = Path(__file__).parent / "h200_target.txtpb"
 CALLS = {
     "decode": (8, 8, 32, 8, 128, 16, None, None, False),
     "decode_few": (1, 1, 40, 8, 128, 16, None, None, False),  # groups of 5 in 16 columns, wide blocks
+    "decode_wide": (64, 64, 28, 4, 128, 16, None, None, False),
     "decode_few_64": (1, 1, 64, 8, 64, 16, None, None, True),
     "prefill": (8192, 1, 32, 8, 128, 128, None, None, False),
     "prefill_several": (2048, 4, 32, 8, 128, 16, None, None, False),

@@ -47,7 +47,7 @@ def reports() -> dict[str, dict]:
 @pytest.mark.parametrize(
     "call",
     [
-        *("decode", "decode_few", "decode_few_64", "decode_window", "decode_e4m3", "decode_int8"),
+        *("decode", "decode_few", "decode_few_64", "decode_wide", "decode_window", "decode_e4m3", "decode_int8"),
         *("mixed", "mixed_e5m2"),
         *("prefill", "prefill_256", "prefill_window", "prefill_e4m3", "prefill_192_int8"),
         *("prefill_odd", "prefill_240", "mixed_odd", "mixed_group_25"),

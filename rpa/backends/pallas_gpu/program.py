@@ -77,8 +77,7 @@ def program(signature: Signature, config: RaggedPageAttentionv2Config, interpret
 def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, ctas: int) -> decode.Tiling:
     """One worker where little is to be done, several where much is; each choice is one that was measured on an H200."""
     items, span = rows * shape.kv_heads, span_of(shape, config.option("decode_block", 64))
-    usual_shape = shape.head_dim == 128 and shape.columns == 8 and not shape.stored and span > 512
-    each = -(-items // ctas)
+    each, wide = -(-items // ctas), shape.columns > 8  # of which three workers have room for one slot each
     # So little that time is latency: wide blocks by one worker, and short splits. One row of 1k, 8 kv heads: 7.1 us,
     # 9.0 with splits of 256 keys in blocks of 64; eight rows 14.2, 15.4 by three workers. By three workers in splits of
     # 512, heads 40/8 took 16.6 instead of 6.7, of 8k 20.8 for 15.2; 28/4, 5 rows of 3000, 21.2 for 15.7; head size 64,
@@ -87,12 +86,16 @@ def decode_tiling(shape: Shape, rows: int, config: RaggedPageAttentionv2Config, 
     few = little and shape.head_dim in (64, 128) and shape.columns <= 16 and not shape.stored
     # Short rows for every SM, or rows past counting, are best not split, unless that leaves SMs idle. 64 rows of 1k:
     # 67.7 us, 76.4 in halves; 256 of 8k: 1929, 2060 in splits; 64 of 8k on pages of 16: 480, 484 in three splits; of
-    # one kv head 256 of 8k: 243, 245 in three.
+    # one kv head 256 of 8k: 243, 245 in three. Heads 40/8: 64 rows of 1k 67.2 and 77.4 in halves, 64 of 8k 483 and 494
+    # in three splits; 28/4: 32 of 3000 53.4 and 56.1 in three, 96 of 1500 75.9 by three workers and 77.1 by two.
+    usual_shape = shape.head_dim == 128 and shape.columns <= 16 and not shape.stored and span > 512
     short = usual_shape and not few and span <= 2048 and 8 * items >= 7 * ctas
-    many = usual_shape and items > ctas and 10 * items >= 9 * each * ctas
+    many = usual_shape and (items > ctas or wide) and 10 * items >= 9 * each * ctas
     usual = usual_workers(shape, span, each)
-    if few or short or many:
-        usual = 1 if few else each if short and each <= 4 else 2
+    if few:
+        usual = 1
+    elif short or many:
+        usual = each if short and each in ((2, 3) if wide else (1, 2, 3, 4)) else 2
     block, workers = config.option("decode_block", 128 if few else 64), config.option("workers", usual)
     if few:
         chunk = split(span, items, ctas, block, config, few=True)
@@ -120,13 +123,16 @@ def usual_workers(shape: Shape, span: int, each: int) -> int:
     """Warpgroups a CTA with `each` items: a fourth is worth 6 % at head size 64 on long rows.
 
     Measured: 256 rows of a window of 128 keys 22.6 us by two, 23.7 by three, 23.4 by four, and 64 rows 9.1, 9.3, 9.9;
-    64 rows of 8k on int8 431 by two and 522 by three, on e4m3 390 and 358.
+    64 rows of 8k on int8 431 by two and 522 by three, on e4m3 390 and 358; heads 28/4, 16 rows of 8k 70.0 and 71.7,
+    40/8, 24 rows of 5k 125 and 121.
     """
     if shape.head_dim > 128:
         return 1
     if shape.window is not None and span <= 1024:
         return min(each, 2)
     if shape.head_dim * shape.columns > 3072 or shape.stored == "int8":  # large groups: two accumulators need registers
+        return 2
+    if shape.head_dim == 128 and shape.columns == 16 and not shape.stored and each == 1:
         return 2
     return 4 if shape.head_dim <= 64 and not shape.stored else 3
 
