@@ -19,6 +19,11 @@ What was tried and lost (CPU time of a 256-key block of that model, 2 MB in f32,
 - bf16 operands rounded and then multiplied as f32: 1.2x slower for 4 rows, 4x for 256, since XLA's bf16 dots use AMX
 - tiles of 32 or 128 rows instead of 64, blocks of 128 or 512 keys in prefill: within the noise
 - searchsorted for an item's sequence: a loop of its own and a second of compilation; a compare and a sum are free
+Compilation, 2 s, is a twentieth passes over HLO; then each kernel that no other equals costs 15 ms in MLIR and 20 in
+LLVM. So what the shapes of tiles have in common is written alike: 50 kernels for two shapes, 54 before.
+- sums and maxima in two steps of at most 32 instead of XLA's tree: as many kernels, prefill slower
+- the sum of the weights as a dot with ones: the ones are a kernel too
+- the tiles dealt out by an array for each shape instead of one for all: more kernels before the loops than less in them
 """
 
 from __future__ import annotations
@@ -148,19 +153,20 @@ def _check(config: RaggedPageAttentionv2Config) -> None:
 def _deal(shapes: tuple[Tile, ...], ragged: Ragged) -> Deal:
     """Deal the rows of every sequence out to the tile shapes."""
     rows = ragged.stop - ragged.start
-    taken, begin, share = jnp.zeros_like(rows), [], []
+    left, taken, stop, items = rows, [], [], []
     for tile in shapes:
-        left = rows - taken
-        spare = left % tile.rows
-        begin.append(taken)
-        share.append(jnp.where(spare > tile.spare, left, left - spare))  # rows of each sequence that take this shape
-        taken += share[-1]
-    taken, share = jnp.stack(begin), jnp.stack(share)
+        full = lax.div(left, tile.rows) if tile.rows > 1 else left
+        spare = left - full * tile.rows
+        partial = spare > tile.spare  # a tile more, for what the smaller ones are not given
+        taken.append(rows - left)
+        items.append(full + partial)
+        left = jnp.where(partial, 0, spare)
+        stop.append(rows - left)
+    taken, stop, items = jnp.stack(taken), jnp.stack(stop), jnp.stack(items)
     size = jnp.array([[tile.rows] for tile in shapes], jnp.int32)
-    items = -(-share // size)
     ends = layout.running_sum(items)
     # An item of a sequence begins at row `first + index * tile.rows` of its queries; the last ends at `stop`.
-    first, stop = taken - (ends - items) * size, taken + share
+    first = taken - (ends - items) * size
     whole = ragged.start, ragged.context - rows
     return Deal(ends, jnp.stack([first, stop, *(jnp.broadcast_to(x, first.shape) for x in whole)], axis=1))
 
@@ -189,7 +195,8 @@ def _item(tile: Tile, kind: int, index, deal: Deal, signature: Signature) -> Ite
     rows = jnp.minimum(tile.rows, stop - row)
     position = before + row
     low, _ = layout.visible(position, None, signature.sliding_window)
-    return Item(jnp.stack([low // signature.page_size, position + rows, position, sequence, start + row, rows]))
+    facts = jnp.stack([low // signature.page_size, position + rows, position, sequence, start + row, rows])
+    return Item(lax.optimization_barrier(facts))  # else XLA works them out again wherever one is looked at
 
 
 def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Softmax:
@@ -208,7 +215,8 @@ def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Sof
         low, high = layout.visible(position, None, signature.sliding_window)  # of a row past the tile's last: anything
         low = jnp.broadcast_to(low, position.shape)
         key = at.page * signature.page_size + jnp.arange(block)
-        readable = (key >= low[0]) & (key < at.stop)  # [block]; other slots may hold anything
+        first, _ = layout.visible(at.position, None, signature.sliding_window)
+        readable = (key >= first) & (key < at.stop)  # [block]; other slots may hold anything
         keys, values = _load_block(tile, at, readable, inputs, signature)
         seen = (key >= low[:, None]) & (key < high[:, None])  # [rows, block]
         z = _logits(queries, keys, inputs, signature).reshape(heads, tile.rows, group, block)
