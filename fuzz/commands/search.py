@@ -57,7 +57,10 @@ def run(
     ] = None,
     waivers: Annotated[Path | None, typer.Option(help="TOML file of known findings")] = None,
 ) -> None:
-    """Judge drawn cases until the budget is spent, and explain every failure."""
+    """Judge drawn cases until the budget is spent, and explain every failure.
+
+    What XLA compiles is kept for the next campaign in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR.
+    """
     from fuzz.campaign import Settings
 
     limit = _seconds(budget)
