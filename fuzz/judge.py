@@ -125,6 +125,8 @@ def _beyond_bound(
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two outputs hold the same numbers; +0 and -0 are one number, and so are all NaN."""
+    if a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes():
+        return True
     return a.shape == b.shape and bool(np.array_equal(a.astype(np.float64), b.astype(np.float64), equal_nan=True))
 
 

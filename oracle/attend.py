@@ -13,8 +13,9 @@ import numpy as np
 
 from oracle.case import Case, Sequence, visible
 
-MAX_KEY_ELEMENTS = 2**24  # float64 elements of gathered keys (or values) held at once
-MAX_LOGITS = 2**22  # float64 logits held at once
+# Of a block, so that the arrays it is solved by stay in a core's cache.
+MAX_KEY_ELEMENTS = 2**18  # float64 elements of gathered keys (or values)
+MAX_LOGITS = 2**17  # float64 logits
 SMALL = 2**18  # products p v up to which sequences share a block, and up to which `bound` forms each p |v - o|
 
 
@@ -33,7 +34,6 @@ class Block:
     values: np.ndarray  # f64 [E, N, D]
     mask: np.ndarray  # bool [E, R, 1, N], True where the row sees the key
     sinks: np.ndarray  # f64 [E, 1, G], -inf without sinks
-    first_key: int  # of a block of one sequence: the position of its key 0
 
     def score(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """`[E, R, G, D]` times `[E, N, D]` to `[E, R, G, N]`."""
@@ -59,15 +59,20 @@ class Block:
         """`sum_j |v_jd|` over visible keys: `[E, R, 1, D]`."""
         return np.matmul(self.mask[:, :, 0].astype(np.float64), self.abs_values)[:, :, None, :]
 
+    @functools.cached_property
+    def _owned(self) -> tuple[np.ndarray, np.ndarray]:
+        """The output rows that the block's rows go to, and where each stands in `[E * R]`: `[n]` and `[n, H]`."""
+        q, r = np.nonzero(self.tokens >= 0)
+        (Q, R), E = self.tokens.shape, len(self.queries)
+        return self.tokens[q, r], (q * (E // Q) * R + r)[:, None] + np.arange(0, E // Q * R, R)
+
     def scatter(self, block_result: np.ndarray, whole: np.ndarray) -> None:
         """Writes `[E, R, G, ...]` to its place in `[T, Hq, ...]`."""
-        (Q, R), (_, _, G, *rest) = self.tokens.shape, block_result.shape
-        by_row = block_result.reshape(Q, -1, R, G, *rest).swapaxes(1, 2).reshape(Q * R, -1, *rest)
-        tokens = self.tokens.reshape(-1)
+        E, R, G, *rest = block_result.shape
+        tokens, at = self._owned
+        rows = block_result.reshape(E * R, G, *rest).take(at, axis=0)  # [n, H, G, ...]
         heads = slice(self.kv_heads.start * G, self.kv_heads.stop * G)
-        if tokens.min() < 0:
-            tokens, by_row = tokens[tokens >= 0], by_row[tokens >= 0]
-        whole[tokens, heads] = by_row
+        whole[tokens, heads] = rows.reshape(len(tokens), at.shape[1] * G, *rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,8 +85,14 @@ class Solved:
     p: np.ndarray  # [E, R, G, N] weights; 0 where masked
     pi: np.ndarray  # [E, R, G] weight of the sink
     L: np.ndarray  # [E, R, G] the denominator over e^m
+    divisor: np.ndarray  # [E, R, G] the same, 1 for a row that sees nothing
+    mass: np.ndarray  # [E, R, G] sum of p: 1 - pi, or 0 for a row that sees nothing
     output: np.ndarray  # [E, R, G, D]
     lse: np.ndarray  # [E, R, G]
+
+    @functools.cached_property
+    def abs_output(self) -> np.ndarray:
+        return np.abs(self.output)
 
 
 def attend(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -113,21 +124,21 @@ def solve(block: Block) -> Solved:
     case, mask = block.case, block.mask
     x = block.score(block.queries, block.keys)
     x *= case.scale
-    if not mask.all():
+    every = bool(mask.all())
+    if not every:
         x = np.where(mask, x, 0.0)  # a masked logit may be anything, and must not overflow below
     z = x if case.logits_soft_cap is None else case.logits_soft_cap * np.tanh(x / case.logits_soft_cap)
-    m = np.max(z, axis=-1, initial=-np.inf, where=mask)
-    m = np.maximum(m, block.sinks)
-    lse_shift = m
-    m = np.where(np.isneginf(m), 0.0, m)
-    p = np.exp(np.where(mask, z - m[..., None], -np.inf))
-    sink = np.exp(block.sinks - m)
-    L = p.sum(axis=-1) + sink
-    with np.errstate(divide="ignore"):
-        lse = lse_shift + np.where(L > 0, np.log(L), 0.0)
+    seen = z if every else np.where(mask, z, -np.inf)
+    top = np.maximum(seen.max(axis=-1, initial=-np.inf), block.sinks)
+    m = np.where(np.isneginf(top), 0.0, top)
+    p = seen - m[..., None]
+    np.exp(p, out=p)
+    mass, sink = p.sum(axis=-1), np.exp(block.sinks - m)
+    L = mass + sink
     divisor = np.where(L == 0, 1.0, L)
+    lse = top + np.where(L > 0, np.log(divisor), 0.0)
     p /= divisor[..., None]
-    return Solved(x, z, m, p, sink / divisor, L, block.mix(p, block.values), lse)
+    return Solved(x, z, m, p, sink / divisor, L, divisor, mass / divisor, block.mix(p, block.values), lse)
 
 
 def blocks(case: Case) -> Iterator[Block]:
@@ -147,48 +158,47 @@ def _products(case: Case, num_rows: int, num_keys: int) -> int:
 
 def _small(case: Case, sequences: list[Sequence]) -> Iterator[Block]:
     """Packs small sequences, like with like, while the padded block is small too."""
-    every_head = slice(0, case.num_kv_heads)
-    group: list[tuple[Sequence, np.ndarray, np.ndarray]] = []
+    group: list[Sequence] = []
     rows = keys = 0
     for sequence in sorted(sequences, key=lambda sequence: (sequence.num_rows, sequence.num_keys)):
-        k, v = gather(case, sequence, every_head)
-        if not (np.isfinite(k).all() and np.isfinite(v).all()):
-            yield from _large(case, sequence)
-            continue
         wider, longer = max(rows, sequence.num_rows), max(keys, sequence.num_keys)
         if group and _products(case, wider * (len(group) + 1), longer) > SMALL:
-            yield _pack(case, group, rows, keys)
+            yield from _pack(case, group, rows, keys)
             group, wider, longer = [], sequence.num_rows, sequence.num_keys
-        group.append((sequence, k, v))
+        group.append(sequence)
         rows, keys = wider, longer
     if group:
-        yield _pack(case, group, rows, keys)
+        yield from _pack(case, group, rows, keys)
 
 
-def _pack(case: Case, group: list[tuple[Sequence, np.ndarray, np.ndarray]], R: int, N: int) -> Block:
-    """One block of several whole sequences, all heads."""
-    Q, H, D = len(group), case.num_kv_heads, case.head_dim
-    tokens = np.full((Q, R), -1)
-    queries = np.zeros((Q, R, case.num_q_heads, D))
-    keys, values = np.zeros((2, Q, H, N, D))
-    mask = np.zeros((Q, 1, R, 1, N), bool)
-    for i, (sequence, k, v) in enumerate(group):
-        rows, num_keys = sequence.num_rows, sequence.num_keys
-        tokens[i, :rows] = np.arange(sequence.start, sequence.stop)
-        queries[i, :rows] = case.queries[sequence.start : sequence.stop]
-        keys[i, :, :num_keys] = k
-        values[i, :, :num_keys] = v
-        mask[i, 0, :rows, 0, :num_keys] = _mask(case, sequence, 0, rows, *sequence.keys)
-    return Block(
+def _pack(case: Case, group: list[Sequence], R: int, N: int) -> Iterator[Block]:
+    """One block of several whole sequences, all heads; or one for each where a live number is not finite."""
+    Q, H, G, D = len(group), case.num_kv_heads, case.group, case.head_dim
+    facts = [(s.index, s.start, s.stop, s.context_len, s.keys[0]) for s in group]
+    table, start, stop, context, low = np.array(facts).T[..., None]  # [Q, 1] each
+    keys = low + np.arange(N)  # [Q, N] positions
+    k, v = gather(case, table, keys, keys < context, slice(0, H))
+    if not (np.isfinite(k).all() and np.isfinite(v).all()):
+        for sequence in group:
+            yield from _large(case, sequence)
+        return
+    tokens = start + np.arange(R)  # [Q, R]
+    owned = tokens < stop
+    queries = np.empty((Q, H, R, G, D))
+    queries[:] = case.queries.take(tokens, axis=0, mode="clip").reshape(Q, R, H, G, D).swapaxes(1, 2)
+    if not owned.all():
+        tokens[~owned] = -1
+        queries.swapaxes(1, 2)[~owned] = 0
+    mask = _mask(case, np.where(owned, tokens + (context - stop), -1), context, keys)
+    yield Block(
         case,
         tokens,
         slice(0, H),
-        np.ascontiguousarray(queries.reshape(Q, R, H, case.group, D).swapaxes(1, 2)).reshape(Q * H, R, -1, D),
-        keys.reshape(Q * H, N, D),
-        values.reshape(Q * H, N, D),
-        np.broadcast_to(mask, (Q, H, R, 1, N)).reshape(Q * H, R, 1, N),
+        queries.reshape(Q * H, R, G, D),
+        k.reshape(Q * H, N, D),
+        v.reshape(Q * H, N, D),
+        mask[:, :, None].repeat(H, axis=0),
         np.tile(_sinks(case, slice(0, H)), (Q, 1, 1)),
-        group[0][0].keys[0],
     )
 
 
@@ -197,7 +207,8 @@ def _large(case: Case, sequence: Sequence) -> Iterator[Block]:
     step = max(1, MAX_KEY_ELEMENTS // max(1, sequence.num_keys * case.head_dim))
     for first in range(0, case.num_kv_heads, step):
         kv_heads = slice(first, min(first + step, case.num_kv_heads))
-        keys, values = gather(case, sequence, kv_heads)
+        positions = np.arange(*sequence.keys)[None]
+        keys, values = gather(case, sequence.index, positions, np.full(positions.shape, True), kv_heads)[:, 0]
         rows = min(1024, MAX_LOGITS // max(1, keys.shape[0] * case.group * keys.shape[1]))
         if not (np.isfinite(keys).all() and np.isfinite(values).all()):
             rows = 1  # 0 * NaN: a row must not meet a slot that only its neighbours see
@@ -214,7 +225,7 @@ def _cut(case: Case, sequence: Sequence, kv_heads: slice, keys, values, row: int
     H, G = kv_heads.stop - kv_heads.start, case.group
     tokens = np.arange(sequence.start + row, sequence.start + stop)[None]
     queries = case.queries[tokens[0], kv_heads.start * G : kv_heads.stop * G].astype(np.float64)
-    mask = _mask(case, sequence, row, stop, lo, hi)
+    mask = _mask(case, sequence.positions[None, row:stop], sequence.context_len, np.arange(lo, hi)[None])
     return Block(
         case,
         tokens,
@@ -222,33 +233,35 @@ def _cut(case: Case, sequence: Sequence, kv_heads: slice, keys, values, row: int
         np.ascontiguousarray(queries.reshape(stop - row, H, G, -1).swapaxes(0, 1)),
         keys[:, lo - base : hi - base],
         values[:, lo - base : hi - base],
-        np.broadcast_to(mask[None, :, None], (H, stop - row, 1, hi - lo)),
+        np.broadcast_to(mask[:, :, None], (H, stop - row, 1, hi - lo)),
         _sinks(case, kv_heads),
-        lo,
     )
 
 
-def _mask(case: Case, sequence: Sequence, row: int, stop: int, first: int, last: int) -> np.ndarray:
-    """Which of the keys `[first, last)` rows `[row, stop)` see: bool `[stop - row, last - first]`."""
-    lo, hi = visible(sequence.positions[row:stop], sequence.context_len, case.sliding_window)
-    index = np.arange(first, last)
-    return (index >= lo[:, None]) & (index < hi[:, None])
+def _mask(case: Case, positions: np.ndarray, context, keys: np.ndarray) -> np.ndarray:
+    """Which of the keys `[Q, N]` the rows at positions `[Q, R]` see: bool `[Q, R, N]`."""
+    lo, hi = visible(positions, context, case.sliding_window)
+    mask = keys[:, None] < hi[:, :, None]
+    return mask if case.sliding_window is None else mask & (keys[:, None] >= lo[:, :, None])
 
 
-def gather(case: Case, sequence: Sequence, kv_heads: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values that the sequence's rows see, dequantised: f64 `[H, N, D]` each. Reads no other slot."""
-    lo, hi = sequence.keys
-    first_page = lo // case.page_size
-    pages = sequence.pages[first_page : -(-hi // case.page_size)]
-    combined = case.kv_pages[pages, :, 2 * kv_heads.start : 2 * kv_heads.stop]
-    combined = combined.reshape(-1, *combined.shape[2:])[lo - first_page * case.page_size :][: hi - lo]
-    combined = np.ascontiguousarray(combined.transpose(1, 0, 2)).astype(np.float64)  # [2H, N, D]
-    keys, values = combined[0::2], combined[1::2]
-    if case.k_scale is not None:
-        keys = keys * scale_of(case.k_scale, kv_heads)
-    if case.v_scale is not None:
-        values = values * scale_of(case.v_scale, kv_heads)
-    return keys, values
+def gather(case: Case, sequence, keys: np.ndarray, real: np.ndarray, kv_heads: slice) -> np.ndarray:
+    """What lies at positions `keys` `[Q, N]` of sequences: f64 `[2, Q, H, N, D]`, keys and values, dequantised.
+
+    Zeros where a position is not `real`.
+    """
+    page, slot = np.divmod(np.where(real, keys, 0), case.page_size)
+    row = (case.block_tables[sequence, page] * np.int64(case.page_size) + slot) * (2 * case.num_kv_heads)
+    heads = np.arange(2 * kv_heads.start, 2 * kv_heads.stop).reshape(-1, 2).T  # [2, H]
+    numbers = case.kv_pages.reshape(-1, case.head_dim)
+    # Clipped: a table's first entry stands in for what is not real, and may be dead.
+    found = numbers.take(row[:, None] + heads[:, None, :, None], axis=0, mode="clip").astype(np.float64)
+    if not real.all():
+        found.transpose(1, 3, 0, 2, 4)[~real] = 0
+    for combined, scale in zip(found, (case.k_scale, case.v_scale), strict=True):
+        if scale is not None:
+            combined *= scale_of(scale, kv_heads)
+    return found
 
 
 def scale_of(scale, kv_heads: slice) -> np.ndarray:

@@ -24,7 +24,7 @@ taken as independent and zero-mean, which random data obey and structured data n
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -35,11 +35,9 @@ from oracle.claim import TINY, Claim
 from oracle.claim import default_claim as default_claim
 from oracle.claim import underflow_unit as underflow_unit
 from oracle.claim import unit_roundoff as unit_roundoff
+from oracle.weights import LAMBDA, LARGEST, Errors, anchor, gamma, random_in, rooted, weight_errors
 
-LAMBDA = 7.5  # of SOFT: an element exceeds it with probability 2 exp(-LAMBDA**2 / 2) = 1.2e-12
 HALF = float(np.finfo(np.float16).max)
-LARGEST_DELTA = 700.0  # e^700 is still finite, and a row with such an error vacuous
-LARGEST = float(np.finfo(np.float32).max)  # beyond it an f32 intermediate may overflow, so nothing is claimed
 
 
 class Bounds(NamedTuple):
@@ -49,15 +47,6 @@ class Bounds(NamedTuple):
     soft: np.ndarray  # [E, R, G, D]
     lse: np.ndarray  # [E, R, G]
     vacuous: np.ndarray  # bool [E, R, G]
-
-
-class Errors(NamedTuple):
-    """How far the weights may be off: each is within a factor e^delta, after a common factor e^anchor."""
-
-    delta: np.ndarray  # [E, R, G, N]
-    delta_soft: np.ndarray | None  # [E, R, G, N]; None where SOFT is not asked for
-    sink: np.ndarray  # [E, R, G]
-    anchor: np.ndarray  # [E, R, G]
 
 
 class Underflow(NamedTuple):
@@ -118,12 +107,7 @@ def analyse(case: Case, claim: Claim, soft: bool = True) -> Analysis:
 def bound_block(block: Block, solved: Solved, claim: Claim, soft: bool = True) -> Bounds:
     """Steps 1 to 8 for one block, HARD and (unless it is not asked for: it costs as much) SOFT side by side."""
     B = np.ceil(block.n / claim.block) + 1
-    deltas = [
-        weight_error(capped_error(block, solved, dx, claim), solved, B, claim)
-        for dx in logit_error(block, solved, claim, soft)
-    ]
-    sink, common = sink_error(block, solved, B, claim), np.zeros_like(solved.m)
-    errors = Errors(deltas[0], deltas[1] if soft else None, sink, common)
+    errors = weight_errors(block, solved, B, claim, soft)
     bounds = assemble(block, solved, errors, B, claim)
     if not bounds.vacuous.any():
         return bounds
@@ -143,21 +127,21 @@ def bound_block(block: Block, solved: Solved, claim: Claim, soft: bool = True) -
 
 def assemble(block: Block, solved: Solved, errors: Errors, B: np.ndarray, claim: Claim) -> Bounds:
     """Steps 4 to 8: what the weights' errors do to the output."""
-    n = block.n  # [E, R, 1]
+    n, eta = block.n, underflow(claim, errors.anchor)  # n [E, R, 1]
     w = solved.p * np.expm1(errors.delta)
     w_soft = None if errors.delta_soft is None else solved.p * np.expm1(errors.delta_soft)
-    rho_sink = np.expm1(errors.sink)
-    eta = underflow(claim, errors.anchor)
-    lost = eta.shared * n / positive(solved.L)
-    shared, shared_soft = shared_error(block, solved, w, w_soft, rho_sink, lost, eta)
-    own, own_soft = private_error(block, solved, solved.p + w, n, B, claim, eta, soft=w_soft is not None)
-    moved = w.sum(axis=-1) + solved.pi * rho_sink + lost  # how far the denominator may move
-    th, th_soft = divide_error(n, B, claim)
-    inner = divided(solved, shared + own, moved, th)
-    hard = soft = rounded(block, solved, inner, n, claim)
+    W = w.sum(axis=-1)
+    beside = solved.pi * np.expm1(errors.sink) + eta.shared * n / solved.divisor  # of the sink, and by underflow
+    moved = W + beside  # how far the denominator may move
+    floor = absolute_error(block, solved, W, beside, n + B, claim, eta)
+    spread, spread_soft = weighted_spread(block, solved.output, w, w_soft)
+    own, own_soft = private_error(block, solved, w, n + B + 1, claim, soft=w_soft is not None)
+    th, th_soft = divide_error(n + B + 1, claim, soft=w_soft is not None)
+    inner = divided(solved, spread + own + floor, moved, th)
+    hard = soft = rounded(block, solved, inner, claim)
     if w_soft is not None:
-        inner_soft = divided(solved, shared_soft + own_soft, moved, th_soft)
-        soft = rounded(block, solved, np.minimum(inner_soft, inner), n, claim)
+        random = np.minimum(LAMBDA * spread_soft, spread) + own_soft + floor
+        soft = rounded(block, solved, np.minimum(divided(solved, random, moved, th_soft), inner), claim)
     lse = lse_error(solved, moved, th, claim) + errors.anchor
     return Bounds(hard, soft, lse, (moved > 0.5) & (n > 0))
 
@@ -169,153 +153,46 @@ def underflow(claim: Claim, anchor: np.ndarray) -> Underflow:
     return Underflow(factor * (TINY + summed), factor * (claim.eta_p - summed), factor * TINY)
 
 
-def anchor(solved: Solved, errors: Errors) -> Errors:
-    """The weights' errors relative to that of the heaviest weight, which a common factor takes away.
-
-    With one weight above 1/2 this leaves the denominator known where the plain form does not: a key that wins by
-    far has an error of its own, large if its logit is, and no influence on what it wins.
-    """
-    top = solved.p.argmax(axis=-1)[..., None]
-    at_key = np.take_along_axis(solved.p, top, axis=-1)[..., 0] >= solved.pi
-    own = np.where(at_key, np.take_along_axis(errors.delta, top, axis=-1)[..., 0], errors.sink)
-    delta_soft = errors.delta if errors.delta_soft is None else errors.delta_soft
-    own_soft = np.where(at_key, np.take_along_axis(delta_soft, top, axis=-1)[..., 0], errors.sink)
-    sink = np.where(at_key, np.minimum(errors.sink + own, LARGEST_DELTA), 0.0)
-
-    def relative(delta: np.ndarray, own: np.ndarray) -> np.ndarray:
-        delta = np.minimum(delta + own[..., None], LARGEST_DELTA)
-        kept = np.where(at_key[..., None], 0.0, np.take_along_axis(delta, top, axis=-1))
-        np.put_along_axis(delta, top, kept, axis=-1)
-        return delta
-
-    softer = None if errors.delta_soft is None else relative(errors.delta_soft, own_soft)
-    return Errors(relative(errors.delta, own), softer, sink, own)
-
-
-def gamma(k, u: float) -> Any:
-    """Higham's gamma: k roundings of size u compound to at most this; inf when k u >= 1."""
-    left = 1 - k * u
-    if isinstance(left, float):
-        return (1 - left) / left if left > 0 else np.inf
-    return np.where(left > 0, (1 - left) / positive(left), np.inf)
-
-
-def rooted(k, u: float):
-    """`gamma` for SOFT: sqrt(k) roundings, but all k where the unit truncates, for truncation has a bias."""
-    if u > 2.0**-24:
-        return gamma(k, u)
-    return np.minimum(LAMBDA * np.sqrt(k) * u, gamma(k, u))
-
-
-def random_in(case: Case, claim: Claim) -> float:
-    """The part of `u_in` that SOFT may take as random: not that of quantised pages, where equal numbers abound."""
-    return 0.0 if case.quantised else claim.u_in
-
-
-def logit_error(block: Block, solved: Solved, claim: Claim, soft: bool = True):
-    """Step 1: dx, the error of a scaled logit; then its soft form, if that is asked for."""
-    case, D = block.case, block.case.head_dim
-    s, u = abs(case.scale), claim.u
-    steps = D + 2 + (case.k_scale is not None)
-    q, k = np.abs(block.queries), np.abs(block.keys)
-    factor = (1 + gamma(steps, u)) * (1 + claim.u_q) * (1 + claim.u_in) ** 2 - 1
-    base = 2 * u * np.abs(solved.x) + operand_underflow(block, q, k, claim)
-    magnitude = block.score(q, k)
-    if magnitude.max(initial=0.0) > LARGEST:
-        base = np.where(magnitude > LARGEST, np.inf, base)
-    magnitude *= s
-    hard = magnitude * factor + base
-    if not soft:
-        return (hard,)
-    q *= q
-    norm = np.sqrt(block.score(q, k * k))
-    norm *= (rooted(steps, u) + LAMBDA * (claim.u_q + 2 * random_in(case, claim))) * s
-    norm += base
-    if case.quantised:
-        norm += 2 * claim.u_in * magnitude
-    return hard, np.minimum(norm, hard)
-
-
-def operand_underflow(block: Block, q: np.ndarray, k: np.ndarray, claim: Claim) -> np.ndarray:
-    """What underflow of operands and products adds to step 1, whether s and k_scale meet q, k or q.k."""
-    s = abs(block.case.scale)
-    ks = np.ones(1) if block.case.k_scale is None else np.abs(np.atleast_1d(block.case.k_scale))
-    on_k = max(s, 1.0, 1 / max(float(ks.min()), TINY))
-    lost = s * q.sum(axis=-1)[..., None] + on_k * k.sum(axis=-1)[:, None, None, :]
-    lost *= claim.eta_in
-    lost += (block.case.head_dim + 2) * TINY * max(1.0, s) * max(1.0, float(ks.max()))
+def absolute_error(block: Block, solved: Solved, W, beside, adds, claim: Claim, eta: Underflow) -> np.ndarray:
+    """What the sink's error (step 4) and underflow add to the numerator, in HARD and SOFT alike: `[E, R, G, D]`."""
+    _, operands = operand_errors(claim)
+    of_values = (eta.shared + (1 + operands) * eta.own) / solved.divisor
+    of_sums = (1 + operands) * eta.flushed * adds / solved.divisor + claim.eta_in * (solved.mass + W)
+    lost = beside[..., None] * solved.abs_output
+    lost += of_values[..., None] * block.value_sum
+    lost += of_sums[..., None]
     return lost
 
 
-def capped_error(block: Block, solved: Solved, dx: np.ndarray, claim: Claim) -> np.ndarray:
-    """Step 2: dz, the error of a logit after the cap; the slope of tanh is taken where it is steepest."""
-    c = block.case.logits_soft_cap
-    if c is None:
-        return dx
-    x = np.abs(solved.x)
-    dx = dx + 2 * claim.u * x
-    slope = np.maximum(x - dx, 0)  # where it is steepest
-    slope *= -2 / c
-    np.exp(slope, out=slope)  # 1 / cosh(y)**2 is 4 t / (1 + t)**2 with t = exp(-2 y): exp is ten times as fast as cosh
-    slope *= 4 / (1 + slope) ** 2
-    dx *= slope
-    dx += (claim.eps_tanh + 2 * claim.u) * np.abs(solved.z)
-    dx += c * TINY
-    return dx
-
-
-def weight_error(dz: np.ndarray, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
-    """Step 3: delta; a weight is within a factor e^delta of the true one."""
-    u, z, m = claim.u, solved.z, solved.m[..., None]
-    delta = np.abs(z)
-    delta *= 2
-    delta -= z
-    delta += m + 2 * np.abs(m)
-    delta *= u
-    delta += dz
-    delta += ((B + 1) * (claim.eps_exp + u))[..., None]
-    if claim.rounded_weights_in_sum:
-        delta -= np.log1p(-claim.u_p)
-    return np.minimum(delta, LARGEST_DELTA, out=delta)
-
-
-def sink_error(block: Block, solved: Solved, B: np.ndarray, claim: Claim) -> np.ndarray:
-    """Step 3 for the sink; 0 where there is none."""
-    u, a, m = claim.u, block.sinks, solved.m
-    none = np.isneginf(a)
-    a = np.where(none, 0.0, a)
-    delta = u * (np.abs(m - a) + 2 * np.abs(a) + 2 * np.abs(m)) + (B + 2) * (claim.eps_exp + u)
-    return np.where(none, 0.0, np.minimum(delta, LARGEST_DELTA))
-
-
-def shared_error(block: Block, solved: Solved, w, w_soft, rho_sink, lost, eta: Underflow):
-    """Step 4: C, what weight errors common to numerator and denominator can do; also their underflow."""
-    spread, spread_soft = weighted_spread(block, solved.output, w, w_soft)
-    floor = (solved.pi * rho_sink + lost)[..., None] * np.abs(solved.output)
-    floor += (eta.shared / positive(solved.L))[..., None] * block.value_sum
-    hard = spread + floor
-    return hard, hard if spread_soft is None else np.minimum(LAMBDA * spread_soft, spread) + floor
+def operand_errors(claim: Claim) -> tuple[float, float]:
+    """How far a weight as P.V takes it may be off because it is rounded there alone; and its product with a value."""
+    u_p = 0.0 if claim.rounded_weights_in_sum else claim.u_p
+    return u_p, (1 + u_p) * (1 + claim.u_in) - 1
 
 
 def weighted_spread(block: Block, o: np.ndarray, w: np.ndarray, w_soft: np.ndarray | None):
-    """`sum_j w |v - o|` and `sqrt(sum_j w_soft^2 (v - o)^2)`, the first from above where it would cost too much.
+    """Step 4: `sum_j w |v - o|`, what weight errors common to numerator and denominator can do, from above where it
+    would cost too much; and `sqrt(sum_j w_soft^2 (v - o)^2)`.
 
     The array of all |v - o| has one element per row, head, key and dim. Past SMALL both come from matrix
     products: the first by the smaller of the Cauchy-Schwarz and the triangle inequality.
     """
-    v = block.values
-    if w.size * v.shape[-1] <= SMALL:
-        deviation = v[:, None, None] - o[..., None, :]  # [E, R, G, N, D]
+    v, (E, R, G, D) = block.values, o.shape
+    N = v.shape[1]
+    if w.size * D <= SMALL:
+        deviation = o.reshape(-1).repeat(N).reshape(E, R * G, D * N)
+        deviation -= np.ascontiguousarray(v.swapaxes(1, 2)).reshape(E, 1, D * N)
         np.abs(deviation, out=deviation)
-        first = np.matmul(w[..., None, :], deviation)[..., 0, :]
+        deviation = deviation.reshape(E, R, G, D, N)
+        first = np.matmul(deviation, w[..., None])[..., 0]
         if w_soft is None:
-            return first, None
+            return first, first
         deviation *= deviation
-        return first, np.sqrt(np.matmul((w_soft * w_soft)[..., None, :], deviation)[..., 0, :])
+        return first, np.sqrt(np.matmul(deviation, (w_soft * w_soft)[..., None])[..., 0])
     W = w.sum(axis=-1, keepdims=True)
     triangle = block.mix(w, block.abs_values) + np.abs(o) * W
     first = np.minimum(np.sqrt(W * second_moment(block, o, w)), triangle)
-    return first, None if w_soft is None else np.sqrt(second_moment(block, o, w_soft * w_soft))
+    return first, first if w_soft is None else np.sqrt(second_moment(block, o, w_soft * w_soft))
 
 
 def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -327,49 +204,53 @@ def second_moment(block: Block, o: np.ndarray, w: np.ndarray) -> np.ndarray:
     return np.maximum(squares - 2 * o * block.mix(w, v) + lift, 0) + slack
 
 
-def private_error(block: Block, solved: Solved, private, n, B, claim: Claim, eta: Underflow, soft: bool = True):
+def private_error(block: Block, solved: Solved, w: np.ndarray, adds, claim: Claim, soft: bool):
     """Step 5: N, errors of the numerator alone: weights and values as rounded for P.V, and its summation."""
-    u = claim.u
-    u_p = 0.0 if claim.rounded_weights_in_sum else claim.u_p
-    steps = n + B + 1 + (block.case.v_scale is not None)
-    operands = (1 + u_p) * (1 + claim.u_in) - 1
+    u, (u_p, operands) = claim.u, operand_errors(claim)
+    steps = adds + (block.case.v_scale is not None)
     sums = gamma(steps, u) * (1 + operands)
+    private = solved.p + w
     magnitude = block.mix(private, block.abs_values)  # sum p (1 + rho) |v|
-    lost = (eta.own[..., None] * block.value_sum + (eta.flushed * (n + B))[..., None]) / positive(solved.L)[..., None]
-    lost = (1 + operands) * lost + claim.eta_in * private.sum(axis=-1, keepdims=True)
-    hard = (operands + sums)[..., None] * magnitude + lost
+    hard = (operands + sums)[..., None] * magnitude
     if not soft:
         return hard, hard
     norm = np.sqrt(block.mix(private * private, block.values * block.values))
     sums_soft = np.minimum(rooted(steps, u) + 2 * u, sums)
     u_in = random_in(block.case, claim)
-    random = LAMBDA * (u_p + u_in) * norm + (sums_soft + claim.u_in - u_in)[..., None] * magnitude + lost
+    random = LAMBDA * (u_p + u_in) * norm + (sums_soft + claim.u_in - u_in)[..., None] * magnitude
     return hard, np.minimum(random, hard)
 
 
-def divide_error(n: np.ndarray, B: np.ndarray, claim: Claim) -> tuple[np.ndarray, np.ndarray]:
+def divide_error(adds: np.ndarray, claim: Claim, soft: bool) -> tuple[np.ndarray, np.ndarray]:
     """Step 6: th, the error of the denominator's sum and of the division."""
     rest = claim.eps_div + 2 * claim.u
-    return gamma(n + B + 1, claim.u) + rest, rooted(n + B + 1, claim.u) + rest
+    hard = gamma(adds, claim.u) + rest
+    return hard, rooted(adds, claim.u) + rest if soft else hard
 
 
 def divided(solved: Solved, error: np.ndarray, moved: np.ndarray, th: np.ndarray) -> np.ndarray:
     """Step 7: the error of the quotient; inf where the denominator could vanish."""
     left = 1 - moved
     safe = (left > 0) & (th < 1)
-    e = error / np.where(safe, left, 1.0)[..., None]
-    e += (np.abs(solved.output) + e) * np.where(safe, th / np.where(th < 1, 1 - th, 1.0), 0.0)[..., None]
-    return np.where(safe[..., None], e, np.inf)
+    error /= np.where(safe, left, 1.0)[..., None]
+    error += (solved.abs_output + error) * np.where(safe, th / (1 - th), 0.0)[..., None]
+    if not safe.all():
+        error[~safe] = np.inf
+    return error
 
 
-def rounded(block: Block, solved: Solved, e: np.ndarray, n: np.ndarray, claim: Claim) -> np.ndarray:
+def rounded(block: Block, solved: Solved, e: np.ndarray, claim: Claim) -> np.ndarray:
     """Step 8: the output's own rounding. 0 for a row that sees no key, inf where f32 or the output may overflow."""
-    largest = largest_of(block.case.queries.dtype)
-    reach = np.abs(solved.output) + e
-    result = e + claim.u_o * reach + claim.eta_o
-    unclaimed = (reach > largest) | (block.value_sum > LARGEST) | operands_overflow(block)
-    result = np.where(unclaimed, np.inf, result)
-    return np.where((n > 0)[..., None], result, 0.0)
+    reach = solved.abs_output + e
+    unclaimed = reach > largest_of(block.case.queries.dtype)
+    unclaimed |= block.value_sum > LARGEST
+    unclaimed |= operands_overflow(block)
+    reach *= claim.u_o
+    reach += e
+    reach += claim.eta_o
+    reach[unclaimed] = np.inf
+    reach[block.n[..., 0] == 0] = 0.0
+    return reach
 
 
 @functools.cache
@@ -394,14 +275,10 @@ def operands_overflow(block: Block) -> np.ndarray:
 
 def lse_error(solved: Solved, moved: np.ndarray, th: np.ndarray, claim: Claim) -> np.ndarray:
     """The error of m + log(sum): the sum's, the logarithm's (as good as the exponential's), and four roundings."""
-    log_sum = np.abs(np.log(positive(solved.L)))
+    log_sum = np.abs(np.log(solved.divisor))
+    reach = np.abs(solved.m) + log_sum
     relative = moved * (1 + th) + th
     safe = relative < 1
     inner = np.where(safe, -np.log1p(-np.where(safe, relative, 0.0)), np.inf)
-    e = inner + claim.eps_exp * (1 + log_sum) + 4 * claim.u * (np.abs(solved.m) + log_sum)
-    return np.where(solved.L > 0, e + 2.0**-24 * (np.abs(solved.m) + log_sum + e), 0.0)
-
-
-def positive(L: np.ndarray) -> np.ndarray:
-    """The denominator, 1 where it is 0: a row that sees nothing has no error to divide."""
-    return np.where(L > 0, L, 1.0)
+    e = inner + claim.eps_exp * (1 + log_sum) + 4 * claim.u * reach
+    return np.where(solved.L > 0, e + 2.0**-24 * (reach + e), 0.0)

@@ -64,12 +64,14 @@ def compare(case: Case, analysis: Analysis, output, lse=None, *, structured: boo
     got = np.asarray(output).astype(np.float64)
     ratio = _ratio(case, got, analysis.output, analysis.hard)
     soft = ratio if analysis.soft is analysis.hard else _ratio(case, got, analysis.output, analysis.soft)
-    soft = np.where(analysis.vacuous[..., None], 0.0, soft)
+    if analysis.vacuous.any():
+        soft = np.where(analysis.vacuous[..., None], 0.0, soft)
+    claimed = np.isfinite(analysis.hard)
     counts: dict[str, Any] = {
         "ratio": float(ratio.max(initial=0.0)),
         "soft_ratio": float(soft.max(initial=0.0)),
-        "judged": int(np.isfinite(analysis.hard).sum()),
-        "vacuous_rows": int((analysis.vacuous | ~np.isfinite(analysis.hard).all(axis=-1)).sum()),
+        "judged": int(np.count_nonzero(claimed)),
+        "vacuous_rows": int(np.count_nonzero(analysis.vacuous | ~claimed.all(axis=-1))),
     }
     if lse is not None:
         got_lse = np.asarray(lse).astype(np.float64)
@@ -83,7 +85,7 @@ def compare(case: Case, analysis: Analysis, output, lse=None, *, structured: boo
         text = f"{counts['vacuous_rows']} (row, head) pairs are too ill conditioned to be judged"
         return Verdict("vacuous", text, **counts)
     if counts["soft_ratio"] > 1 and not structured:
-        soft[_reads_twice(case)] = 0.0
+        soft = np.where(_reads_twice(case)[:, None, None], 0.0, soft)
         counts["soft_ratio"] = float(soft.max(initial=0.0))
     if counts["soft_ratio"] > 1 and not structured:
         return _accuse("suspect", "SOFT", case, analysis, got, soft, analysis.soft, counts)
@@ -101,15 +103,15 @@ def _reads_twice(case: Case) -> np.ndarray:
 
 
 def _misshapen(case: Case, output, lse) -> str | None:
-    wanted = [("output", output, case.queries.shape, case.queries.dtype.name)]
+    wanted = [("output", output, case.queries.shape, case.queries.dtype)]
     if lse is not None:
-        wanted.append(("lse", lse, case.queries.shape[:2], "float32"))
+        wanted.append(("lse", lse, case.queries.shape[:2], np.dtype(np.float32)))
     for name, array, shape, dtype in wanted:
         array = np.asarray(array)
         if array.shape != tuple(shape):
             return f"{name} has shape {array.shape}; it must be {tuple(shape)}"
-        if array.dtype.name != dtype:
-            return f"{name} has dtype {array.dtype.name}; it must be {dtype}"
+        if array.dtype != dtype:
+            return f"{name} has dtype {array.dtype.name}; it must be {dtype.name}"
     return None
 
 
@@ -117,7 +119,8 @@ def _ratio(case: Case, got: np.ndarray, expected: np.ndarray, bound: np.ndarray)
     """error / bound of every element: inf where an exact or finite answer is missed, 0 where nothing is claimed."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(got - expected)
-        ratio = np.where(error == 0, 0.0, error / bound)
+        ratio = error / bound
+        ratio[error == 0] = 0.0
     if np.isfinite(ratio).all():
         return ratio
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
