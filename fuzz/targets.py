@@ -19,6 +19,7 @@ import numpy as np
 from fuzz.errors import origin
 from oracle import Case, Claim
 from oracle.bound import default_claim
+from oracle.case import dtype_name
 
 ENTRY_POINTS = "rpa.targets"
 _NAMES = ("queries", "kv_pages", "context_lens", "block_tables", "query_start_loc", "num_seqs", "softmax_aux")
@@ -91,7 +92,8 @@ class Target:
 
     def gap(self, case: Case) -> str | None:
         """Why the target cannot take a case, by its own declaration or its signature; None if it can."""
-        missing = [name for name in ("k_scale", "v_scale") if name in case.options and name not in self.accepts]
+        scales = {"k_scale": case.k_scale, "v_scale": case.v_scale}
+        missing = [name for name in scales if scales[name] is not None and name not in self.accepts]
         return f"it takes no {missing[0]}" if missing else self.supports(case)
 
     def run(self, case: Case) -> tuple[np.ndarray, np.ndarray | None]:
@@ -105,7 +107,8 @@ class Target:
         if gap is not None:
             raise Unsupported(gap)
         options = {**case.options, **({"return_lse": True} if self.asks_lse else {})}
-        arrays = [None if a is None else np.array(a) for a in case.arrays]
+        given = case.arrays
+        arrays = [None if a is None else np.array(a) for a in given]
         if self.jax_arrays:
             arrays = [None if a is None else _as_jax(a) for a in arrays]
         try:
@@ -117,8 +120,8 @@ class Target:
             if ran != self.expects:
                 raise WrongBackend(f"{self.name} was asked for {self.expects}, but {ran} answered")
         result = _as_numpy(answer)
-        for name, given, array in zip(_NAMES, case.arrays, arrays, strict=True):
-            if isinstance(array, np.ndarray) and array.tobytes() != given.tobytes():  # JAX's cannot be written
+        for name, before, array in zip(_NAMES, given, arrays, strict=True):
+            if isinstance(array, np.ndarray) and array.tobytes() != before.tobytes():  # JAX's cannot be written
                 raise InputChanged(f"{self.name} wrote into its argument {name}")
         return result
 
@@ -364,12 +367,10 @@ def signature_of(case: Case) -> Any:
 
 
 def _static(case: Case) -> tuple[Any, ...]:
-    window = case.sliding_window
-    if window is not None and window >= case.capacity:
-        window = None
+    window = None if (case.sliding_window or 0) >= case.capacity else case.sliding_window
     return (case.num_tokens, case.num_q_heads, case.head_dim, case.num_pages, case.page_size, case.num_kv_heads,
-            case.max_seqs, case.pages_per_seq, case.queries.dtype.name, case.kv_pages.dtype.name,
-            case.options["compute_dtype"], case.softmax_aux is not None, case.k_scale is not None,
+            case.max_seqs, case.pages_per_seq, dtype_name(case.queries), dtype_name(case.kv_pages),
+            case.compute_dtype or dtype_name(case.queries), case.softmax_aux is not None, case.k_scale is not None,
             case.v_scale is not None, case.scale, case.logits_soft_cap, window)  # fmt: skip
 
 

@@ -32,10 +32,10 @@ def dtype_of(name: str) -> np.dtype:
 def dtype_name(dtype: Any) -> str:
     """The name of a dtype given as a string, a NumPy dtype or type, or anything that carries `.dtype`."""
     if isinstance(dtype, str):
-        return dtype_of(dtype).name
+        return _named(dtype_of(dtype))
     if isinstance(dtype, (type, np.dtype)):
-        return np.dtype(dtype).name
-    return np.dtype(dtype.dtype).name
+        return _named(np.dtype(dtype))
+    return _named(np.dtype(dtype.dtype))
 
 
 def visible(position, context_len, window: int | None) -> tuple[Any, Any]:
@@ -228,8 +228,8 @@ class Case:
     def invalid(self, index: int) -> str | None:
         """Why the metadata of live sequence `index` is invalid, or None."""
         context = int(self.context_lens[index])
-        start, stop = int(self.query_start_loc[index]), int(self.query_start_loc[index + 1])
-        before = max(0, int(self.query_start_loc[: index + 1].max()))
+        *earlier, stop = self.query_start_loc[: index + 2].tolist()
+        start, before = earlier[-1], max(0, *earlier)
         if not 0 <= context <= self.capacity:
             return f"context_lens[{index}] = {context} is outside [0, {self.capacity}]"
         if stop < start or start < before or stop > self.num_tokens:
@@ -238,8 +238,8 @@ class Case:
             return None
         lo, hi = self._keys(context, stop - start)
         pages = self.block_tables[index, lo // self.page_size : -(-hi // self.page_size)]
-        bad = np.flatnonzero((pages < 0) | (pages >= self.num_pages))
-        if hi > lo and bad.size:
+        if hi > lo and not 0 <= pages.min() <= pages.max() < self.num_pages:
+            bad = np.flatnonzero((pages < 0) | (pages >= self.num_pages))
             column = lo // self.page_size + int(bad[0])
             return f"block_tables[{index}, {column}] = {pages[bad[0]]} is outside [0, {self.num_pages})"
         return None
@@ -359,7 +359,7 @@ def _integers(name: str, value, rank: int) -> np.ndarray:
         raise TypeError(f"{name} has dtype {array.dtype.name}; it must be an integer dtype")
     if array.ndim != rank:
         raise ValueError(f"{name} has shape {array.shape}; it must have {rank} axes")
-    if array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
+    if array.dtype != np.int32 and array.size and not (array.min() >= -(2**31) and array.max() < 2**31):
         raise ValueError(f"{name} holds {array.min()}..{array.max()}, which int32 cannot")
     return _frozen(array.astype(np.int32))
 
