@@ -37,7 +37,7 @@ from fuzz.targets import Target, load
 FIRST_SHAPES = 3
 PACE = ((300, 50), (16_050, 375), (10**9, 1500))
 FRESH = 4  # cases of a shape that come first when it is opened
-CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 12, 25  # for a target that compiles nothing
+CHEAP_SHAPES, CASES_A_CHEAP_SHAPE = 24, 12  # for a target that compiles nothing
 # Whose programs are compiled before they are asked for, and how many by all workers. Ours on a CPU: a compiler that may
 # crash must do so in the case that asked for it.
 COMPILED_AHEAD, AHEAD = ("xla",), 2

@@ -20,7 +20,7 @@ What was tried and lost (CPU time of a 256-key block of that model, 2 MB in f32,
 - tiles of 32 or 128 rows instead of 64, blocks of 128 or 512 keys in prefill: within the noise
 - searchsorted for an item's sequence: a loop of its own and a second of compilation; a compare and a sum are free
 Compilation, 2 s, is a twentieth passes over HLO; then each kernel that no other equals costs 15 ms in MLIR and 20 in
-LLVM. So what the shapes of tiles have in common is written alike: 50 kernels for two shapes, 54 before.
+LLVM. So what the shapes of tiles have in common is written alike: a ninth less CPU time, 7 shapes, runs alternating.
 - sums and maxima in two steps of at most 32 instead of XLA's tree: as many kernels, prefill slower
 - the sum of the weights as a dot with ones: the ones are a kernel too
 - the tiles dealt out by an array for each shape instead of one for all: more kernels before the loops than less in them
