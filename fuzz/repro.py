@@ -163,8 +163,9 @@ def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: D
     kv_head = (v.head or 0) // case.group
     k_scale, v_scale = (_scale_at(s, kv_head) for s in (case.k_scale, case.v_scale))
     scale = "" if case.scale == 1 else f"{case.scale!r} * "
-    sink = "" if case.softmax_aux is None else f" + [float(sinks[{v.head}])]"
-    capped = "x[:-1]" if sink else "x"
+    sinks = case.softmax_aux is not None  # key -1 of the script
+    sink, keys = (f" + [float(sinks[{v.head}])] * (-1 in keys)", "keys if j >= 0") if sinks else ("", "keys")
+    capped = "x[:len(slots)]" if sinks else "x"
     cap, page = case.logits_soft_cap, case.page_size
     slot = "tables[sequence, j], 0" if page == 1 else f"tables[sequence, j // {page}], j % {page}"
     total = f"sum(a * s[{2 * kv_head + 1}][dim]{v_scale} for a, s in zip(w, slots)) / max(w.sum(), 1e-300)"
@@ -177,28 +178,32 @@ def _wrong_number(case: Case, target: Target, judgement: Judgement, diagnosis: D
         f"got = {_got(judgement)}",
         "",
         f"def attend(keys):  # in float64: query head {v.head}, kv head {kv_head}, over these keys of the sequence",
-        f"    slots = [kv[{slot}].astype(float) for j in keys]",
+        f"    slots = [kv[{slot}].astype(float) for j in {keys}]",
         f"    x = np.array([{scale}q[row, head].astype(float) @ s[{2 * kv_head}]{k_scale} for s in slots]{sink})",
         *([f"    {capped} = {cap:g} * np.tanh({capped} / {cap:g})"] if cap else []),
         "    m = x.max(initial=-1e30); w = np.exp(x - m)",
         "    return float(m + np.log(max(w.sum(), 1e-300)))  # the lse" if lse else f"    return float({total})",
         "",
-        f"seen = set(range({first}position + 1))",
+        f"seen = {{-1, *range({first}position + 1)}}  # -1 is the sink"
+        if sinks
+        else f"seen = set(range({first}position + 1))",
         f'print(f"expected={{attend(sorted(seen)):.9g}} {{got=:.9g}} bound={v.bound:.3g}")',
-        *(_without_nan(judgement) if broken else _which_key(page, v.bound or 0.0)),
+        *(_without_nan(judgement) if broken else _which_key(page, v.bound or 0.0, sinks)),
     ]
     return _script(target, judgement, diagnosis, body)
 
 
-def _which_key(page: int, bound: float) -> list[str]:
-    """The lines that look for one key which is missing, or was read and should not be."""
+def _which_key(page: int, bound: float, sinks: bool) -> list[str]:
+    """The lines that look for one key, or the sink, which is missing, or was read and should not be."""
     keys = "tables.shape[1]" if page == 1 else f"tables.shape[1] * {page}"
     entry = "tables[sequence, j]" if page == 1 else f"tables[sequence, j // {page}]"
+    every, known = (f"range(-1, {keys})", f"j < 0 or 0 <= {entry}") if sinks else (f"range({keys})", f"0 <= {entry}")
+    name = "{'the sink' if key < 0 else f'key {key}'}" if sinks else "key {key}"
     return [
-        f"changed = {{j: attend(sorted(seen ^ {{j}})) for j in range({keys}) if 0 <= {entry} < len(kv)}}",
+        f"changed = {{j: attend(sorted(seen ^ {{j}})) for j in {every} if {known} < len(kv)}}",
         "key = min(changed, key=lambda j: abs(changed[j] - got), default=None)",
         f"explained = key is not None and abs(changed[key] - got) <= {bound:.9g}",
-        """print(f"as if key {key} were {'missing' if key in seen else 'seen too'}" if explained else "no one key explains it")""",
+        f"""print(f"as if {name} were {{'missing' if key in seen else 'seen too'}}" if explained else "no one key explains it")""",
     ]
 
 

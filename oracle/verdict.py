@@ -201,25 +201,30 @@ def _place(case: Case, token: int) -> tuple[str, dict[str, Any]]:
 
 
 def _explain(case: Case, analysis: Analysis, got: np.ndarray, token: int, head: int) -> str | None:
-    """The single key of the row's own sequence whose loss or addition puts the whole row back within its bound."""
+    """The single key of the row's own sequence whose loss or addition puts the whole row back within its bound.
+
+    The sink counts as a key that is seen, of value 0.
+    """
     sequence = _owner(case, token)
     if sequence is None or sequence.context_len == 0 or not np.isfinite(got[token, head]).all():
         return None
     whole = _whole_context(case, sequence, token)
     block = next(b for b in blocks(whole) if b.kv_heads.start <= head // case.group < b.kv_heads.stop)
     place = (head // case.group - block.kv_heads.start, 0, head % case.group)
-    solved, v = solve(block), block.values[place[0]]
+    solved = solve(block)
+    v = np.vstack([block.values[place[0]], np.zeros(case.head_dim)])
     lo, hi = visible(int(sequence.positions[token - sequence.start]), sequence.context_len, case.sliding_window)
-    index = np.arange(len(v))
-    seen = (index >= lo) & (index < hi)
-    p = np.where(seen, -1.0, 1.0) * solved.p[place]  # what flipping each key adds to the sums
-    total = solved.p[place][seen].sum() + solved.pi[place]
+    index, sink = np.arange(len(v)), len(v) - 1
+    seen = (index >= lo) & (index < hi) | (index == sink)
+    weights = np.append(solved.p[place], solved.pi[place])
+    p = np.where(seen, -1.0, 1.0) * weights  # what flipping each adds to the sums
     with np.errstate(invalid="ignore", divide="ignore"):
-        flipped = (solved.p[place][seen] @ v[seen] + p[:, None] * v) / (total + p)[:, None]
+        flipped = (weights[seen] @ v[seen] + p[:, None] * v) / (weights[seen].sum() + p)[:, None]
         ratio = np.max(np.abs(flipped - got[token, head]) / analysis.hard[token, head], axis=-1)
     ratio = np.where(np.isfinite(ratio), ratio, np.inf)
     key = int(np.argmin(ratio))
-    return None if ratio[key] > 1 else f"as if key {key} were {'missing' if seen[key] else 'seen too'}"
+    name = "the sink" if key == sink else f"key {key}"
+    return None if ratio[key] > 1 else f"as if {name} were {'missing' if seen[key] else 'seen too'}"
 
 
 def _whole_context(case: Case, sequence: Sequence, token: int) -> Case:

@@ -310,6 +310,12 @@ def test_the_verdict_names_the_key(seen_as, key):
     assert (verdict.status, verdict.sequence, verdict.position, verdict.key) == ("fail", 0, 4, key)
 
 
+def test_the_verdict_names_a_lost_sink():
+    case = small_case(softmax_aux=np.array([0.5, 1, 0, 2], np.float32))
+    verdict = judge(case, attend(small_case())[0].astype(np.float32))
+    assert (verdict.status, verdict.key) == ("fail", "as if the sink were missing")
+
+
 def test_a_wrong_lse_fails():
     case = small_case()
     output, lse = attend(case)

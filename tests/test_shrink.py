@@ -68,7 +68,15 @@ def test_the_diagnosis_names_the_family(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["causal_plus1", "v_scale_ignored", "v_not_sanitised", "dead_rows_garbage", "lse_base2", "nondeterministic"],
+    [
+        "causal_plus1",
+        "v_scale_ignored",
+        "v_not_sanitised",
+        "dead_rows_garbage",
+        "lse_base2",
+        "nondeterministic",
+        "sink_ignored",
+    ],
 )
 def test_the_reproducer_is_short_runs_alone_and_says_what_is_wrong(name: str, tmp_path: Path) -> None:
     small, target = smallest(name), model_target(BY_ID[name])
@@ -81,7 +89,8 @@ def test_the_reproducer_is_short_runs_alone_and_says_what_is_wrong(name: str, tm
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(tmp_path / "reproduce.py")], cwd=tmp_path, env=environment,
                           capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
-    said = {"causal_plus1": "seen too", "nondeterministic": "must be 1", "v_not_sanitised": "each NaN: got=-1"}
+    said = {"causal_plus1": "as if key 1 were seen too", "nondeterministic": "must be 1",
+            "v_not_sanitised": "each NaN: got=-1", "sink_ignored": "as if the sink were missing"}  # fmt: skip
     said = said.get(name, "expected=")
     assert said in done.stdout
 
