@@ -65,9 +65,14 @@ def read(path: Path) -> list[Waiver]:
         WaiverError: naming the entry, the field and the rule.
     """
     try:
-        entries = tomllib.loads(path.read_text()).get("waiver", [])
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        found = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:  # TOML, or no text at all
         raise WaiverError(f"{path}: {error}") from error
+    entries = found.pop("waiver", [])
+    if found or not isinstance(entries, list):
+        raise WaiverError(
+            f"{path}: {next(iter(found), '[waiver]')!r} is nothing a ledger holds; write [[waiver]] entries"
+        )
     return [_waiver(i, entry) for i, entry in enumerate(entries, 1)]
 
 

@@ -118,6 +118,10 @@ def test_a_wrong_kernel_fails_leaves_a_script_and_replays(
     assert here("replay", str(found)) == 1
     assert "beyond HARD" in capsys.readouterr().err.replace("\n", " ")
     assert here("replay", str(found), "--target", "model") == 0
+    assert here("replay", "out") == 2
+    assert f"out/case.npz does not exist; there are out/failures/{found.name}" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
     assert here("report", "out") == 1
 
 
@@ -328,6 +332,8 @@ def test_a_waiver_excuses_expires_and_must_be_needed(
         (WAIVER.format(kind="", expires="2999-01-01") + "colour = 3\n", "field 'colour'"),
         (WAIVER.format(kind="", expires='"soon"'), "must be a date"),
         (WAIVER.format(kind="", expires="2999-01-01") + "when = { page = 5 }\n", "when.page=5 is no feature"),
+        ("[[waivers]]\n", "'waivers' is nothing a ledger holds"),
+        ('[waiver]\ntarget = "x"\n', "write \\[\\[waiver\\]\\] entries"),
     ],
 )
 def test_a_waiver_without_reason_link_or_date_is_refused(tmp_path: Path, text: str, words: str) -> None:

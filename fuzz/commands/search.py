@@ -156,11 +156,7 @@ def replay(
     from fuzz.plan import Plan
     from oracle import Case
 
-    path = case / "case.npz" if case.is_dir() else case
-    console = _console()
-    if not path.exists():
-        console.print(f"[red]{path} does not exist[/red]")
-        raise typer.Exit(USAGE)
+    path, console = _case_file(case), _console()
     found = _load(target or _target_of(path))
     try:
         if path.suffix == ".npz":
@@ -174,6 +170,16 @@ def replay(
     colour = {"pass": "green", "skipped": "yellow", "vacuous": "yellow"}.get(judgement.status, "red")
     console.print(f"[{colour}]{judgement.status}[/{colour}] {found.name}: {judgement.text}")
     raise typer.Exit({"pass": 0, "fail": 1, "suspect": 1}.get(judgement.status, NOTHING))
+
+
+def _case_file(case: Path) -> Path:
+    """The file that `replay` is asked for; an error lists the failures of the campaign it names, or stands in."""
+    path = case / "case.npz" if case.is_dir() else case
+    if path.exists():
+        return path
+    left = sorted(str(file.parent) for file in (case if case.is_dir() else Path()).glob("failures/*/case.npz"))
+    _console().print(f"[red]{path} does not exist[/red]" + (f"; there are {', '.join(left)}" if left else ""))
+    raise typer.Exit(USAGE)
 
 
 def _target_of(path: Path) -> str:
