@@ -1,7 +1,8 @@
-"""Compile what comes next while the present cases are judged: half of a campaign's time was XLA's compiler.
+"""Compile what comes next while the present cases are judged: half of a campaign's time is XLA's compiler.
 
-The compiler lets go of Python's lock, so one thread beside the judging one is enough. What is compiled when depends on
-the clock, what is judged does not: a case whose shape is not ready waits for it.
+The compiler lets go of Python's lock, so one thread beside the judging one keeps two cores busy; where the judging one
+must wait for a shape, it compiles too. What is compiled when, and by whom, depends on the clock, what is judged does
+not: a case whose shape is not ready waits for it.
 """
 
 from __future__ import annotations
@@ -9,45 +10,73 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
 
 from fuzz.plan import Shape
 
 
 class Ahead:
-    """Calls `warm` with each shape that is wanted, once and in order, in a thread of its own."""
+    """Calls `warm` with each shape that is wanted, once, begun in order, in a thread of its own and in those that wait.
+
+    The one that a thread waits for comes before all others, if nobody has begun it.
+    """
 
     def __init__(self, warm: Callable[[Shape], object]):
         self.warm = warm
         self.ready: dict[Shape, threading.Event] = {}
-        self.queue: SimpleQueue[Shape | None] = SimpleQueue()
+        self.waiting: dict[Shape, None] = {}  # wanted and not begun, in order
+        self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.stopping = False
 
     def want(self, shapes: Iterable[Shape]) -> None:
         """Have these compiled after those that were wanted before."""
-        for shape in shapes:
-            if shape not in self.ready:
-                self.ready[shape] = threading.Event()
-                self.queue.put(shape)
+        with self.changed:
+            for shape in shapes:
+                if shape not in self.ready:
+                    self.ready[shape] = threading.Event()
+                    self.waiting[shape] = None
+            self.changed.notify()
         if not self.thread.is_alive() and self.ready:
             self.thread.start()
 
     def wait(self, shape: Shape) -> None:
-        """Until a shape that was wanted is ready; at once for any other."""
-        if shape in self.ready:
-            self.ready[shape].wait()
+        """Until a shape that was wanted is ready, compiling meanwhile; at once for any other."""
+        if shape not in self.ready:
+            return
+        while not self.ready[shape].is_set():
+            if (mine := self._take(shape)) is None:
+                self.ready[shape].wait()
+            else:
+                self._compile(mine)
 
     def end(self) -> None:
         """Compile no more; wait for what is being compiled, which must not outlive the interpreter."""
-        self.stopping = True
-        self.queue.put(None)
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
         if self.thread.is_alive():
             self.thread.join()
 
-    def _run(self) -> None:
-        while (shape := self.queue.get()) is not None:
-            if not self.stopping:
-                with contextlib.suppress(Exception):  # the case itself will show it
-                    self.warm(shape)
+    def _take(self, first: Shape | None = None) -> Shape | None:
+        """The shape to begin now, or None where all are begun."""
+        with self.changed:
+            chosen = first if first in self.waiting else next(iter(self.waiting), None)
+            if chosen is not None:
+                del self.waiting[chosen]
+            return chosen
+
+    def _compile(self, shape: Shape) -> None:
+        try:
+            with contextlib.suppress(Exception):  # the case itself will show it
+                self.warm(shape)
+        finally:
             self.ready[shape].set()
+
+    def _run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.stopping)
+                if self.stopping:
+                    return
+            if (shape := self._take()) is not None:
+                self._compile(shape)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_pairs_are_complete_within_two_minutes_of_cases_and_triples_nearly_withi
     assert seen >= share * valid, (seen, valid)
 
 
-def test_what_comes_next_is_compiled_once_in_order_and_waited_for() -> None:
+def test_what_is_wanted_is_compiled_once_and_waited_for() -> None:
     compiled = []
 
     def warm(shape) -> None:
@@ -183,11 +184,34 @@ def test_what_comes_next_is_compiled_once_in_order_and_waited_for() -> None:
     ahead.wait(POOL[0])  # nobody wanted it
     ahead.want(POOL[:3])
     ahead.want(POOL[:4])
-    for shape in POOL[:4]:
+    for count, shape in enumerate(POOL[:4], 1):
         ahead.wait(shape)
-    assert compiled == list(POOL[:4])
+        assert set(POOL[:count]) <= set(compiled)
+    assert sorted(map(POOL.index, compiled)) == [0, 1, 2, 3]
     ahead.end()
     assert not ahead.thread.is_alive()
+
+
+def test_who_waits_compiles_what_it_waits_for_and_then_what_comes_next() -> None:
+    compiled, begun, others = [], threading.Event(), threading.Event()
+
+    def warm(shape) -> None:
+        compiled.append((shape, threading.current_thread()))
+        if shape == POOL[0]:  # does not end before the others have
+            begun.set()
+            assert others.wait(60)
+        elif len(compiled) == 4:
+            others.set()
+
+    ahead = Ahead(warm)
+    ahead.want(POOL[:1])
+    assert begun.wait(60)
+    ahead.want(POOL[1:4])
+    ahead.wait(POOL[2])
+    ahead.wait(POOL[0])
+    me = threading.current_thread()
+    assert compiled == [(POOL[0], ahead.thread), (POOL[2], me), (POOL[1], me), (POOL[3], me)]
+    ahead.end()
 
 
 def test_coverage_counts_a_pair_once_and_only_if_it_can_exist() -> None:
