@@ -25,7 +25,9 @@ _DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder
 _HELD, _LOOSE = (*_DATA, "exact", "ladder", "normal", "spikes"), (*_DATA, "cliff", "cliff", "cliff", "ladder")
 CHECKS = ("second_fill",) * 30 + ("relation",) * 34 + ("plain",) * 55 + ("repeat",)
 CROWDS = 8
-LONG = 2**15 - 2  # contexts past it are dear
+FAR = 2**15  # contexts as long as this are what some shapes are for
+# One case of so many of such a shape holds one: milliseconds a head where its row sees every key, little in a window.
+FAR_WHOLE, FAR_WINDOWED = 8, 2
 LITTER = 16
 STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
@@ -51,6 +53,12 @@ def litters(draw: st.DrawFn, pool: Sequence[Shape]) -> tuple[Plan, ...]:
     )
 
 
+def first_plans(shape: Shape, chance: random.Random, count: int) -> list[Plan]:
+    """The first plans of a new shape; one of four at least holds a sequence as long as the shape is for."""
+    seeds = [FAR_WHOLE * chance.randrange(2**20 // FAR_WHOLE) + i for i in range(count)]
+    return [styled(shape, chance.randrange(STYLES), seed) for seed in seeds]
+
+
 def styled(shape: Shape, style: int, seed: int) -> Plan:
     """The plan of three drawn numbers; `style` counts through data, mode, check and crowd, mixed well."""
     style = style * 7919 % STYLES  # a prime that shares no factor with it: neighbours are nothing alike
@@ -65,9 +73,10 @@ def expand(shape: Shape, data: str, mode: str, check: str, crowd: int, seed: int
     """The plan of these choices, the small ones seeded; `crowd` of 8 says how full the batch is."""
     chance = random.Random(seed)
     contexts = power_contexts(shape) if data == "exact" else likely_contexts(shape)
+    far = [_far(chance, shape, data)] if is_far(shape, seed) else []
     return Plan(
         shape,
-        _lengths(chance, shape, mode, contexts, _count(chance, crowd, shape.seqs)),
+        _lengths(chance, shape, mode, contexts, _count(chance, crowd, shape.seqs), far),
         tables=chance.choice(TABLES),
         holes=chance.choice(HOLES),
         data=data,
@@ -94,19 +103,36 @@ def _count(chance: random.Random, crowd: int, seqs: int) -> int:
     return chance.randint(1, min(seqs, 2 + crowd))
 
 
+def is_far(shape: Shape, seed: int) -> bool:
+    """Whether the plan of a seed holds a sequence as long as its shape is for."""
+    return shape.capacity > FAR and seed % (FAR_WINDOWED if _windowed(shape) else FAR_WHOLE) == 0
+
+
+def _windowed(shape: Shape) -> bool:
+    return shape.window is not None and shape.window < FAR
+
+
+def _far(chance: random.Random, shape: Shape, data: str) -> tuple[int, int]:
+    """(query rows, context) of the long sequence of a case."""
+    edges = (FAR - 1, FAR, FAR, FAR + 1, FAR + 200, shape.capacity, shape.capacity - 1)
+    if data == "exact" and not _windowed(shape):
+        edges = (FAR,)  # a power of two
+    rows = chance.choice((1, 1, 2)) if _windowed(shape) or shape.q_heads == 1 else 1
+    return rows, chance.choice(edges)
+
+
 def _lengths(
-    chance: random.Random, shape: Shape, mode: str, contexts: tuple[int, ...], count: int
+    chance: random.Random, shape: Shape, mode: str, contexts: tuple[int, ...], count: int, far: list[tuple[int, int]]
 ) -> tuple[tuple[int, int], ...]:
-    """(query rows, context) of each live sequence, near the edges of pages, windows and blocks."""
-    left, chosen = shape.tokens, []
-    for _ in range(count):
+    """(query rows, context) of each live sequence, near the edges of pages, windows and blocks; `far` among them."""
+    left, chosen = shape.tokens - sum(rows for rows, _ in far), []
+    for _ in range(count - len(far)):
         context = chance.choice(contexts)
         rows = _rows(chance, mode, context, left)
-        if context > LONG:  # tens of milliseconds a row: one sequence of a case, and two rows of it
-            contexts, rows = tuple(c for c in contexts if c <= LONG), min(rows, 2)
         left -= rows
         chosen.append((rows, context))
-    return tuple(chosen)
+    place = chance.randint(0, len(chosen)) if far else 0
+    return (*chosen[:place], *far, *chosen[place:])
 
 
 def _rows(chance: random.Random, mode: str, context: int, left: int) -> int:
@@ -126,12 +152,11 @@ def _rows(chance: random.Random, mode: str, context: int, left: int) -> int:
 def likely_contexts(shape: Shape) -> tuple[int, ...]:
     """Context lengths to draw from: half of them at an edge, half spread over what the table holds."""
     capacity = shape.capacity
+    if capacity > FAR:  # beside the long one
+        return 1, 5, shape.page, shape.page + 1
     edges = {0, 1, 2, capacity, capacity - 1}
     for step in {shape.page, 8, 16, 32, 64, 128, shape.window or 1}:
         edges.update(k * step + off for k in (1, 2, 3) for off in (-1, 0, 1))
-    if capacity > 2**15:
-        edges = {2**15 - 1, 2**15, 2**15 + 1, 2**15 + 200, capacity, capacity - 1}
-        return (*sorted(edges), *(1, 5) * 6)
     inside = sorted(e for e in edges if 0 <= e <= capacity)
     spread = [round(i * capacity / len(inside)) for i in range(len(inside))]
     return (*inside, *spread)
@@ -141,8 +166,8 @@ def likely_contexts(shape: Shape) -> tuple[int, ...]:
 def power_contexts(shape: Shape) -> tuple[int, ...]:
     """Contexts whose last row sees a power of two of keys: what the exact stratum can judge."""
     powers = [1 << k for k in range(shape.capacity.bit_length()) if 1 << k <= shape.capacity]
-    if shape.capacity > 2**15:  # what such a shape is for
-        powers = [1, 1, 2**15]
+    if shape.capacity > FAR:
+        powers = [1, 4, 16]
     window = shape.window
     if window is not None and window & (window - 1) == 0:
         powers += [c for c in likely_contexts(shape) if c >= window] or [powers[-1]]

@@ -26,7 +26,7 @@ from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.programs import kept
 from fuzz.shrink import same_symptom, shrink
-from fuzz.strategies import LITTER, STYLES, litters, styled
+from fuzz.strategies import LITTER, first_plans, litters
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
@@ -205,7 +205,7 @@ def _fresh(state: State, pool: tuple[Shape, ...], chunk: Chunk) -> list[Plan]:
     chance = random.Random(chunk_seed(state.seed, chunk.number))
     new = [shape for shape in pool if shape not in state.tried]
     state.tried.update(new)
-    return [styled(shape, chance.randrange(STYLES), chance.randrange(2**20)) for shape in new for _ in range(FRESH)]
+    return [plan for shape in new for plan in first_plans(shape, chance, FRESH)]
 
 
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
