@@ -27,12 +27,17 @@ from typing import Any
 from fuzz.coverage import AXES, features
 from fuzz.plan import Plan
 
-_FIELDS = {"target", "kind", "when", "reason", "link", "expires", "crash"}
+_FIELDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("target", "kind", "reason", "link"), (str, "text")),
+    "when": (dict, 'a table of features, as { window = "few" }'),
+    "expires": (datetime.date, "a date, as 2027-01-31"),
+    "crash": (bool, "true or false"),
+}
 _NEEDED = ("target", "reason", "link", "expires")
 
 
 class WaiverError(ValueError):
-    """A waiver without reason, link or date, or with a field nobody knows."""
+    """A waiver without reason, link or date, with a field nobody knows, or with a value that its field cannot have."""
 
 
 @dataclass
@@ -76,17 +81,24 @@ def read(path: Path) -> list[Waiver]:
     return [_waiver(i, entry) for i, entry in enumerate(entries, 1)]
 
 
-def _waiver(number: int, entry: dict[str, Any]) -> Waiver:
-    unknown = sorted(set(entry) - _FIELDS)
+def _waiver(number: int, entry: Any) -> Waiver:
+    if not isinstance(entry, dict):
+        raise WaiverError(f"waiver {number}: {entry!r} is no table; write a [[waiver]] entry")
+    unknown = sorted(set(entry) - set(_FIELDS))
     missing = [name for name in _NEEDED if not entry.get(name)]
     if unknown or missing:
         what = f"has no {missing[0]}" if missing else f"has a field {unknown[0]!r} that nobody knows"
         raise WaiverError(f"waiver {number} {what}; needed: {', '.join(_NEEDED)}")
-    if not isinstance(entry["expires"], datetime.date):
-        raise WaiverError(f"waiver {number}: expires={entry['expires']!r} must be a date, as 2027-01-31")
+    for name, value in entry.items():
+        kind, words = _FIELDS[name]
+        if type(value) is not kind:  # a datetime is a date too, and compares with none
+            raise WaiverError(f"waiver {number}: {name}={value!r} must be {words}")
     for axis, value in entry.get("when", {}).items():
-        if value not in AXES.get(axis, ()):
+        if axis not in AXES:
             raise WaiverError(f"waiver {number}: when.{axis}={value!r} is no feature; known: {', '.join(AXES)}")
+        if value not in AXES[axis]:
+            known = ", ".join(repr(v) for v in AXES[axis])
+            raise WaiverError(f"waiver {number}: when.{axis}={value!r} is no feature; known of {axis}: {known}")
     return Waiver(**entry)
 
 
