@@ -64,7 +64,11 @@ def underflow_unit(dtype: str) -> float:
 
 
 def default_claim(case: Case) -> Claim:
-    """The claim of a kernel that declares none: everything rounded to the dots' dtype, sums in float32."""
+    """The claim of a kernel that declares none: everything rounded to the dots' dtype, sums in float32.
+
+    Its weights may be off by a rounding of 1 too, not only of their own size: a merge that blends two answers by w and
+    1 - w (as a ring of devices does) loses so much.
+    """
     stored = [case.queries.dtype.name] + ([] if case.quantised else [case.kv_pages.dtype.name])
     dots = case.compute_dtype or max(stored, key=unit_roundoff)
     u_dot = unit_roundoff(dots)
@@ -76,7 +80,7 @@ def default_claim(case: Case) -> Claim:
         u_q=u_dot,
         u_p=u_dot,
         u_o=unit_roundoff(case.queries.dtype.name),
-        eta_p=underflow_unit(dots),
+        eta_p=max(underflow_unit(dots), 2.0**-23),
         eta_o=underflow_unit(case.queries.dtype.name),
         eps_exp=2.0**-21,
         eps_tanh=2.0**-21,

@@ -138,6 +138,22 @@ def splits_of_five(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     return (p[-len(answers) :] @ np.array(answers)) / p.sum()
 
 
+@by_rows(np.float32)
+def a_ring_of_blocks(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
+    """Blocks of eight keys, each answered for itself; a sigmoid of two float32 logarithms blends it in, as a ring of
+    devices does."""
+    dots = dtype_of(model_kernel.operand_dtype(case))
+    total, answer = (x[-1] if len(x) > len(v) else np.float32(-np.inf)), np.zeros(case.head_dim, np.float32)
+    for start in range(0, len(v), 8):
+        part = slice(start, min(start + 8, len(v)))
+        p = np.exp(x[part] - x[part].max())
+        rise = x[part].max() + np.log(p.sum()) - total
+        fresh = p.astype(dots).astype(np.float32) @ v[part] / p.sum()
+        answer = answer + (fresh - answer) * (np.float32(0.5) + np.tanh(rise / 2) / 2)  # the sigmoid of `rise`
+        total = np.logaddexp(total, total + rise) if np.isfinite(rise) else x[part].max() + np.log(p.sum())
+    return answer
+
+
 @by_rows(np.float64)
 def a_running_mean(x: np.ndarray, v: np.ndarray, case: Case) -> np.ndarray:
     """One key after the other moves a mean by its weight, from logarithms that are added in float64."""
@@ -158,6 +174,7 @@ KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "a tree of odd blocks": tree_of_odd_blocks,
     "sums in chunks": sums_in_chunks,
     "splits of five": splits_of_five,
+    "a ring of blocks": a_ring_of_blocks,
     "a running mean": a_running_mean,
     "block 3, split 2": styled(block=3, splits=2),
 }

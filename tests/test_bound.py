@@ -204,6 +204,7 @@ def test_default_claim(queries, pages, compute, u_in, u_p):
     case = long_context(4, queries, compute).replace(kv_pages=np.ones((4, 16, 4, 8), dtype_of(pages)), **scales)
     found = default_claim(case)
     assert (found.u, found.u_in, found.u_q, found.u_p, found.block) == (2.0**-23, u_in, u_p, u_p, 1)
+    assert found.eta_p == 2.0**-23
     assert found.u_o == {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}[queries]
 
 
