@@ -272,12 +272,16 @@ def _listen(state: State) -> None:
 def _prepare_jax(out: Path, name: str) -> None:
     """What JAX reads when it is imported: workers, and campaigns one after the other, share compiled programs.
 
-    Our XLA backend gets one thread a worker, as BLAS does: handing a small program to a pool costs as much as running
-    it. (Not the interpreters, nor what we do not know: their callbacks may need a second thread.) And its programs are
-    compiled in one piece, which costs a tenth less than many and gives the same code.
+    Our XLA backend gets one thread a worker, as BLAS does, and runs in the one that calls: handing a small program to
+    another costs as much as running it. (Not the interpreters, nor what we do not know: their callbacks may need a
+    second thread.) And its programs are compiled in one piece, which costs a tenth less than many and gives the same
+    code.
     """
     if name == "xla":
-        ours = {"NPROC": "1", "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
-        ours |= {"XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
+        ours = {"NPROC": "1", "XLA_FLAGS": "--xla_cpu_parallel_codegen_split_count=1"}
         os.environ.update({variable: value for variable, value in ours.items() if variable not in os.environ})
     os.environ.update(kept(out, os.environ))
+    if name == "xla":
+        import jax
+
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # which has no variable
