@@ -2,7 +2,8 @@
 
 A case is cut into blocks, and each block is solved by the textbook formula. The bound (`oracle.bound`) walks the
 same blocks and reuses what is solved here. Small sequences share a block, padded to the longest (a campaign lives
-on cases of a few dozen tokens, where NumPy's call overhead is all the cost); a large one is cut by heads and rows.
+on cases of a few dozen tokens, where NumPy's call overhead is all the cost), be they of one case or of several of
+equal shapes; a large one is cut by heads and rows.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from oracle.case import Case, Sequence, visible
+from oracle.stack import Stack, stack
 
 # Of a block, so that the arrays it is solved by stay in a core's cache.
 MAX_KEY_ELEMENTS = 2**18  # float64 elements of gathered keys (or values)
@@ -26,7 +28,7 @@ class Block:
     Padding: rows whose token is -1 go nowhere, keys that no row sees hold zeros and are masked.
     """
 
-    case: Case
+    case: Case  # for shapes, dtypes and options alone: the rows may be those of several cases
     tokens: np.ndarray  # int [Q, R] the output rows of each of Q sequences
     kv_heads: slice
     queries: np.ndarray  # f64 [E, R, G, D]
@@ -34,6 +36,7 @@ class Block:
     values: np.ndarray  # f64 [E, N, D]
     mask: np.ndarray  # bool [E, R, 1, N], True where the row sees the key
     sinks: np.ndarray  # f64 [E, 1, G], -inf without sinks
+    k_scale: np.ndarray  # f64 [E, 1, 1] the size of the keys' quantisation scale, or [1, 1, 1] of 1
 
     def score(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """`[E, R, G, D]` times `[E, N, D]` to `[E, R, G, N]`."""
@@ -141,51 +144,53 @@ def solve(block: Block) -> Solved:
     return Solved(x, z, m, p, sink / divisor, L, divisor, mass / divisor, block.mix(p, block.values), lse)
 
 
-def blocks(case: Case) -> Iterator[Block]:
-    """Every row that a valid sequence owns, for every head, exactly once."""
-    small = []
-    for sequence in case.sequences():
-        if _products(case, sequence.num_rows, sequence.num_keys) <= SMALL:
+def blocks(*cases: Case) -> Iterator[Block]:
+    """Every row that a valid sequence owns, for every head, exactly once; rows of several cases as `stack` has them."""
+    small, whole = [], stack(cases)
+    for sequence in whole.sequences:
+        if _products(whole.case, sequence.num_rows, sequence.num_keys) <= SMALL:
             small.append(sequence)
         else:
-            yield from _large(case, sequence)
-    yield from _small(case, small)
+            yield from _large(whole, sequence)
+    yield from _small(whole, small)
 
 
 def _products(case: Case, num_rows: int, num_keys: int) -> int:
     return num_rows * max(1, num_keys) * case.num_q_heads * case.head_dim
 
 
-def _small(case: Case, sequences: list[Sequence]) -> Iterator[Block]:
+def _small(whole: Stack, sequences: list[Sequence]) -> Iterator[Block]:
     """Packs small sequences, like with like, while the padded block is small too."""
     group: list[Sequence] = []
     rows = keys = 0
     for sequence in sorted(sequences, key=lambda sequence: (sequence.num_rows, sequence.num_keys)):
         wider, longer = max(rows, sequence.num_rows), max(keys, sequence.num_keys)
-        if group and _products(case, wider * (len(group) + 1), longer) > SMALL:
-            yield from _pack(case, group, rows, keys)
+        if group and _products(whole.case, wider * (len(group) + 1), longer) > SMALL:
+            yield from _pack(whole, group, rows, keys)
             group, wider, longer = [], sequence.num_rows, sequence.num_keys
         group.append(sequence)
         rows, keys = wider, longer
     if group:
-        yield from _pack(case, group, rows, keys)
+        yield from _pack(whole, group, rows, keys)
 
 
-def _pack(case: Case, group: list[Sequence], R: int, N: int) -> Iterator[Block]:
-    """One block of several whole sequences, all heads; or one for each where a live number is not finite."""
-    Q, H, G, D = len(group), case.num_kv_heads, case.group, case.head_dim
+def _pack(whole: Stack, group: list[Sequence], R: int, N: int) -> Iterator[Block]:
+    """One block of several whole sequences, all heads; a sequence with a live number that is not finite apart."""
+    case, Q = whole.case, len(group)
+    H, G, D = case.num_kv_heads, case.group, case.head_dim
     facts = [(s.index, s.start, s.stop, s.context_len, s.keys[0]) for s in group]
-    table, start, stop, context, low = np.array(facts).T[..., None]  # [Q, 1] each
+    index, start, stop, context, low = np.array(facts).T[..., None]  # [Q, 1] each
     keys = low + np.arange(N)  # [Q, N] positions
-    k, v = gather(case, table, keys, keys < context, slice(0, H))
-    if not (np.isfinite(k).all() and np.isfinite(v).all()):
-        for sequence in group:
-            yield from _large(case, sequence)
+    k, v = found = gather(whole, index, keys, keys < context, slice(0, H))
+    finite = np.isfinite(found)
+    if not finite.all():
+        for sequence, fine in zip(group, finite.all(axis=(0, 2, 3, 4)), strict=True):
+            yield from _pack(whole, [sequence], R, N) if fine else _large(whole, sequence)
         return
     tokens = start + np.arange(R)  # [Q, R]
     owned = tokens < stop
     queries = np.empty((Q, H, R, G, D))
-    queries[:] = case.queries.take(tokens, axis=0, mode="clip").reshape(Q, R, H, G, D).swapaxes(1, 2)
+    queries[:] = whole.queries.take(tokens, axis=0, mode="clip").reshape(Q, R, H, G, D).swapaxes(1, 2)
     if not owned.all():
         tokens[~owned] = -1
         queries.swapaxes(1, 2)[~owned] = 0
@@ -198,33 +203,34 @@ def _pack(case: Case, group: list[Sequence], R: int, N: int) -> Iterator[Block]:
         k.reshape(Q * H, N, D),
         v.reshape(Q * H, N, D),
         mask[:, :, None].repeat(H, axis=0),
-        np.tile(_sinks(case, slice(0, H)), (Q, 1, 1)),
+        *_by_head(whole, index[:, 0], slice(0, H)),
     )
 
 
-def _large(case: Case, sequence: Sequence) -> Iterator[Block]:
+def _large(whole: Stack, sequence: Sequence) -> Iterator[Block]:
     """One sequence cut by kv heads, then by rows, so that a block fits the two limits."""
+    case, index = whole.case, np.array([[sequence.index]])
     step = max(1, MAX_KEY_ELEMENTS // max(1, sequence.num_keys * case.head_dim))
     for first in range(0, case.num_kv_heads, step):
         kv_heads = slice(first, min(first + step, case.num_kv_heads))
         positions = np.arange(*sequence.keys)[None]
-        keys, values = gather(case, sequence.index, positions, np.full(positions.shape, True), kv_heads)[:, 0]
+        keys, values = gather(whole, index, positions, np.full(positions.shape, True), kv_heads)[:, 0]
         rows = min(1024, MAX_LOGITS // max(1, keys.shape[0] * case.group * keys.shape[1]))
         if not (np.isfinite(keys).all() and np.isfinite(values).all()):
             rows = 1  # 0 * NaN: a row must not meet a slot that only its neighbours see
         for row in range(0, sequence.num_rows, max(1, rows)):
             stop = min(row + max(1, rows), sequence.num_rows)
-            yield _cut(case, sequence, kv_heads, keys, values, row, stop)
+            yield _cut(whole, sequence, kv_heads, keys, values, row, stop)
 
 
-def _cut(case: Case, sequence: Sequence, kv_heads: slice, keys, values, row: int, stop: int) -> Block:
+def _cut(whole: Stack, sequence: Sequence, kv_heads: slice, keys, values, row: int, stop: int) -> Block:
     """Rows `[row, stop)` of one sequence with just the keys that they see."""
-    base = sequence.keys[0]
+    case, base = whole.case, sequence.keys[0]
     lo = max(base, visible(int(sequence.positions[row]), sequence.context_len, case.sliding_window)[0])
     hi = max(lo, visible(int(sequence.positions[stop - 1]), sequence.context_len, case.sliding_window)[1])
     H, G = kv_heads.stop - kv_heads.start, case.group
     tokens = np.arange(sequence.start + row, sequence.start + stop)[None]
-    queries = case.queries[tokens[0], kv_heads.start * G : kv_heads.stop * G].astype(np.float64)
+    queries = whole.queries[tokens[0], kv_heads.start * G : kv_heads.stop * G].astype(np.float64)
     mask = _mask(case, sequence.positions[None, row:stop], sequence.context_len, np.arange(lo, hi)[None])
     return Block(
         case,
@@ -234,7 +240,7 @@ def _cut(case: Case, sequence: Sequence, kv_heads: slice, keys, values, row: int
         keys[:, lo - base : hi - base],
         values[:, lo - base : hi - base],
         np.broadcast_to(mask[:, :, None], (H, stop - row, 1, hi - lo)),
-        _sinks(case, kv_heads),
+        *_by_head(whole, np.array([sequence.index]), kv_heads),
     )
 
 
@@ -245,34 +251,28 @@ def _mask(case: Case, positions: np.ndarray, context, keys: np.ndarray) -> np.nd
     return mask if case.sliding_window is None else mask & (keys[:, None] >= lo[:, :, None])
 
 
-def gather(case: Case, sequence, keys: np.ndarray, real: np.ndarray, kv_heads: slice) -> np.ndarray:
-    """What lies at positions `keys` `[Q, N]` of sequences: f64 `[2, Q, H, N, D]`, keys and values, dequantised.
-
-    Zeros where a position is not `real`.
+def gather(whole: Stack, index: np.ndarray, keys: np.ndarray, real: np.ndarray, kv_heads: slice) -> np.ndarray:
+    """What lies at positions `keys` `[Q, N]` of sequences `index` `[Q, 1]`: f64 `[2, Q, H, N, D]`, keys and values,
+    dequantised. Zeros where a position is not `real`.
     """
+    case = whole.case
     page, slot = np.divmod(np.where(real, keys, 0), case.page_size)
-    row = (case.block_tables[sequence, page] * np.int64(case.page_size) + slot) * (2 * case.num_kv_heads)
+    row = (whole.tables[index, page] * np.int64(case.page_size) + slot) * (2 * case.num_kv_heads)
     heads = np.arange(2 * kv_heads.start, 2 * kv_heads.stop).reshape(-1, 2).T  # [2, H]
-    numbers = case.kv_pages.reshape(-1, case.head_dim)
+    numbers = whole.kv_pages.reshape(-1, case.head_dim)
     # Clipped: a table's first entry stands in for what is not real, and may be dead.
     found = numbers.take(row[:, None] + heads[:, None, :, None], axis=0, mode="clip").astype(np.float64)
     if not real.all():
         found.transpose(1, 3, 0, 2, 4)[~real] = 0
-    for combined, scale in zip(found, (case.k_scale, case.v_scale), strict=True):
+    for combined, scale in zip(found, whole.scales, strict=True):
         if scale is not None:
-            combined *= scale_of(scale, kv_heads)
+            combined *= scale[index[:, 0] // case.max_seqs, kv_heads, None, None]
     return found
 
 
-def scale_of(scale, kv_heads: slice) -> np.ndarray:
-    """A quantisation scale as f64 `[H, 1, 1]` (or `[1, 1, 1]`)."""
-    scale = np.asarray(scale, np.float64)
-    return scale.reshape(1, 1, 1) if scale.ndim == 0 else scale[kv_heads, None, None]
-
-
-def _sinks(case: Case, kv_heads: slice) -> np.ndarray:
-    """Sinks of some kv heads' query heads: f64 `[H, 1, G]`."""
-    if case.softmax_aux is None:
-        return np.full((kv_heads.stop - kv_heads.start, 1, case.group), -np.inf)
-    sinks = case.softmax_aux.reshape(case.num_kv_heads, 1, case.group)
-    return sinks[kv_heads].astype(np.float64)
+def _by_head(whole: Stack, index: np.ndarray, kv_heads: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Sinks f64 `[E, 1, G]` and key scales f64 `[E, 1, 1]` of some kv heads of sequences `index` `[Q]`."""
+    cases = index // whole.case.max_seqs
+    scale = whole.scales[0]
+    sinks = whole.sinks[cases, kv_heads].reshape(-1, 1, whole.case.group)
+    return sinks, np.ones((1, 1, 1)) if scale is None else np.abs(scale[cases, kv_heads].reshape(-1, 1, 1))

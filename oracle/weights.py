@@ -107,12 +107,11 @@ def logit_error(block: Block, solved: Solved, claim: Claim, soft: bool) -> tuple
 
 def operand_underflow(block: Block, q: np.ndarray, k: np.ndarray, claim: Claim) -> np.ndarray:
     """What underflow of operands and products adds to step 1, whether s and k_scale meet q, k or q.k."""
-    s = abs(block.case.scale)
-    ks = np.ones(1) if block.case.k_scale is None else np.abs(np.atleast_1d(block.case.k_scale))
-    on_k = max(s, 1.0, 1 / max(float(ks.min()), TINY))
-    products = (block.case.head_dim + 2) * TINY * max(1.0, s) * max(1.0, float(ks.max()))
+    s, ks = abs(block.case.scale), block.k_scale
+    on_k = np.maximum(max(s, 1.0), 1 / np.maximum(ks, TINY))
+    products = (block.case.head_dim + 2) * TINY * max(1.0, s) * np.maximum(1.0, ks)
     of_query = claim.eta_in * s * q.sum(axis=-1) + products
-    return of_query[..., None] + claim.eta_in * on_k * k.sum(axis=-1)[:, None, None, :]
+    return of_query[..., None] + claim.eta_in * on_k[..., None] * k.sum(axis=-1)[:, None, None, :]
 
 
 def capped_error(block: Block, solved: Solved, dx: np.ndarray, claim: Claim) -> np.ndarray:
