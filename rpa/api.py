@@ -157,6 +157,7 @@ class Plan(NamedTuple):
     fixed: tuple[tuple[int, Any], ...]  # scalars in their final form, by position; their values are among the facts
     wide: tuple[int, ...]  # host metadata to narrow to int32
     check: bool  # whether there are host metadata to check
+    scales: tuple[int, ...]  # scales on the host, whose values are checked at every call
 
     def run(self, arrays: Inputs) -> Any:
         inputs = arrays
@@ -169,6 +170,9 @@ class Plan(NamedTuple):
             inputs = Inputs(*values)
         if self.check and not rules.plainly_right(inputs, self.signature):
             rules.check_metadata(inputs, self.signature, False)
+        for i in self.scales:
+            if not np.isfinite(inputs[i]).all():
+                rules.head_scales(Inputs._fields[i], inputs[i], self.signature.num_kv_heads)
         output, lse = self.program(inputs)
         return (output, lse) if self.signature.return_lse else output
 
@@ -178,7 +182,8 @@ def _plan_of(arrays: tuple[Any, ...], inputs: Inputs, signature: Signature, prog
     fixed = tuple((i, inputs[i] if i < 6 else jnp.asarray(inputs[i])) for i in scalars)  # scales stay on the device
     host = [isinstance(array, np.ndarray) for array in arrays]
     wide = tuple(i for i in range(2, 6) if host[i] and arrays[i].dtype != np.int32)
-    return Plan(program, signature, moment, fixed, wide, any(rules.is_host(array) for array in arrays[2:6]))
+    check = any(rules.is_host(array) for array in arrays[2:6])
+    return Plan(program, signature, moment, fixed, wide, check, tuple(i for i in (7, 8) if host[i]))
 
 
 _PLANS: dict[Any, Plan] = {}
@@ -196,7 +201,7 @@ def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
             kind = _KINDS[type(value)] = _DEVICE if array else _OTHER
         if kind == _DEVICE:
             facts.append(value.aval)  # shape and dtype, and it remembers its hash
-        elif kind == _HOST and value.ndim and i < 6:  # scales on the host are checked at every call
+        elif kind == _HOST and value.ndim and (i < 6 or value.dtype == np.float32):  # else it has to be converted
             facts += value.shape, value.dtype, "host"
         elif kind == _SCALAR:
             facts += type(value), value

@@ -301,19 +301,42 @@ def plainly_right(inputs: Inputs, signature: Signature) -> bool:
     if not isinstance(count, np.ndarray):
         return not is_host(count)  # what is unknown on the host is the kernel's to check
     live = int(count[0])
-    if live == 0:
+    if not 0 < live <= signature.max_seqs:
         return False
-    right = True
-    if isinstance(context, np.ndarray):
-        used = context[:live]
-        right = used.min() >= 0 and used.max() <= signature.capacity
-    if isinstance(offsets, np.ndarray):
-        used = offsets[: live + 1]
-        right = right and used[0] >= 0 and used[-1] <= signature.num_tokens and (used[1:] >= used[:-1]).all()
-    if right and isinstance(tables, np.ndarray):  # dead entries may hold anything, so this may say no to a valid one
-        used = tables[:live]
-        right = used.min() >= 0 and used.max() < signature.num_pages
-    return bool(right)
+    context = context[:live] if isinstance(context, np.ndarray) else None
+    offsets = offsets[: live + 1] if isinstance(offsets, np.ndarray) else None
+    if context is not None and not 0 <= context.min() <= context.max() <= signature.capacity:
+        return False
+    if offsets is not None:
+        right = offsets[0] >= 0 and offsets[-1] <= signature.num_tokens and (offsets[1:] >= offsets[:-1]).all()
+        if not right:
+            return False
+    if not isinstance(tables, np.ndarray):
+        return True
+    wrong = _no_page(tables[:live], signature)
+    if not wrong.any():
+        return True
+    if context is None or offsets is None:
+        return False
+    return not (wrong & _read(context, offsets, signature)).any()
+
+
+def _no_page(tables: np.ndarray, signature: Signature) -> np.ndarray:
+    """Which entries of int32 tables are no page id: bool of their shape."""
+    return tables.view(np.uint32) >= signature.num_pages  # a negative one is large then
+
+
+def _read(context: np.ndarray, offsets: np.ndarray, signature: Signature) -> np.ndarray:
+    """The table entries that some row reads, of sequences with valid contexts and offsets: bool [n, pages_per_seq]."""
+    queries = offsets[1:] - offsets[:-1]
+    stop = np.where(queries > 0, -(-context // signature.page_size), 0)
+    column = np.arange(signature.pages_per_seq)
+    read = column < stop[:, None]
+    if signature.sliding_window is not None:
+        first = np.maximum(context - queries, 0)  # rows before position 0 see nothing
+        low = np.maximum(first - (min(signature.sliding_window, INT32_MAX) - 1), 0)
+        read &= column >= (low // signature.page_size)[:, None]
+    return read
 
 
 def _first(bad: np.ndarray) -> int | None:
@@ -345,18 +368,12 @@ def _check_offsets(offsets: np.ndarray, signature: Signature) -> None:
 
 
 def _check_tables(known: dict[str, np.ndarray], count: int, signature: Signature) -> None:
-    context = known["context_lens"][:count].astype(np.int64)
-    queries = np.diff(known["query_start_loc"][: count + 1])
-    first = np.maximum(context - queries, 0)
-    window = signature.sliding_window
-    low = np.zeros_like(first) if window is None else np.maximum(first - window + 1, 0)
-    column = np.arange(signature.pages_per_seq) * signature.page_size
-    seen = (column < context[:, None]) & (column + signature.page_size > low[:, None]) & (queries > 0)[:, None]
     tables = known["block_tables"][:count]
-    bad = seen & ((tables < 0) | (tables >= signature.num_pages))
+    read = _read(known["context_lens"][:count], known["query_start_loc"][: count + 1], signature)
+    bad = _no_page(tables, signature) & read
     if bad.any():
-        s, column_index = (int(i[0]) for i in np.nonzero(bad))
+        s, column = (int(i[0]) for i in np.nonzero(bad))
         raise ValueError(
-            f"block_tables[{s}, {column_index}]={tables[s, column_index]}: sequence {s} reads this page, "
+            f"block_tables[{s}, {column}]={tables[s, column]}: sequence {s} reads this page, "
             f"and page ids lie in 0..{signature.num_pages - 1}"
         )

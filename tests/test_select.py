@@ -6,6 +6,7 @@ import re
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -486,11 +487,51 @@ def test_a_warm_call_still_checks_host_metadata_and_options():
         "block_tables": (np.full((3, 4), 77, np.int32), r"block_tables\[0, 0\]=77"),
         "num_seqs": (4, "num_seqs=4"),
     }
+    counted = {**call, "num_seqs": np.array([3], np.int32)}
+    ragged_page_attention_v2(**counted)
+    for count in (4, -1):
+        with pytest.raises(ValueError, match=f"num_seqs={count}"):
+            ragged_page_attention_v2(**{**counted, "num_seqs": np.array([count], np.int32)})
     for name, (value, text) in bad.items():
         with pytest.raises(ValueError, match=text):
             ragged_page_attention_v2(**{**call, name: value})
     with pytest.raises(TypeError, match="optimized=0"):
         ragged_page_attention_v2(**call, optimized=0)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_warm_call_takes_any_dead_table_entry_and_no_live_one(window):
+    """Each entry in turn is no page id: a call that was seen before says of each what the first call says."""
+    call: dict[str, Any] = {name: np.asarray(array) for name, array in small_call.arguments().items()}
+    call |= {"query_start_loc": np.array([0, 1, 1, 6], np.int32), "sliding_window": window}
+    good = np.asarray(ragged_page_attention_v2(**call))
+    # lengths 1, 0 and 5 on contexts 13, 9 and 4: pages of 4
+    live = {(0, 0), (0, 1), (0, 2), (0, 3), (2, 0)} if window is None else {(0, 2), (0, 3), (2, 0)}
+    for entry in np.ndindex(call["block_tables"].shape):
+        for garbage in (-1, 16, 2**31 - 1):
+            tables = call["block_tables"].copy()
+            tables[entry] = garbage
+            if entry in live:
+                with pytest.raises(ValueError, match=rf"block_tables\[{entry[0]}, {entry[1]}\]={garbage}"):
+                    ragged_page_attention_v2(**{**call, "block_tables": tables})
+            else:
+                assert np.array_equal(ragged_page_attention_v2(**{**call, "block_tables": tables}), good)
+
+
+def test_a_warm_call_takes_sinks_and_scales_from_the_host(monkeypatch):
+    sinks, scales = np.linspace(-1, 1, 4, dtype=np.float32), np.array([0.5, 2], np.float32)
+    call: dict[str, Any] = {**small_call.arguments(), "softmax_aux": sinks, "k_scale": scales, "v_scale": scales}
+    put = {**call, "softmax_aux": jnp.asarray(sinks), "k_scale": jnp.asarray(scales), "v_scale": jnp.asarray(scales)}
+    plain = np.asarray(ragged_page_attention_v2(**put))
+    assert np.array_equal(ragged_page_attention_v2(**call), plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "choose", None)  # warm
+        assert np.array_equal(ragged_page_attention_v2(**call), plain)
+        doubled = ragged_page_attention_v2(**{**call, "v_scale": 2 * scales})
+        assert np.array_equal(doubled, 2 * plain)
+        for name in ("k_scale", "v_scale"):
+            with pytest.raises(ValueError, match=f"{name}=.*finite"):
+                ragged_page_attention_v2(**{**call, name: np.array([1, np.inf], np.float32)})
 
 
 def test_forms_of_the_same_count_give_the_same_bits():
