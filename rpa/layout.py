@@ -43,19 +43,17 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
     decrease, pass the last query row or start before an earlier offset's maximum, or when a page that some of its
     rows see lies outside the pool. It then owns the rows that no earlier offset claimed, and they become NaN.
     """
-    total = signature.num_tokens
     count = jnp.clip(inputs.num_seqs[0], 0, signature.max_seqs)
     live = jnp.arange(signature.max_seqs) < count
     begin = jnp.where(live, inputs.query_start_loc[:-1], 0)
     end = jnp.where(live, inputs.query_start_loc[1:], 0)
-    # Rows below every earlier offset are taken: garbage offsets cannot make two sequences write one row.
-    start = jnp.clip(running_max(begin), 0, total)
-    stop = jnp.clip(end, start, total)
     context = jnp.where(live, inputs.context_lens, 0)
-    valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
     tables = inputs.block_tables
-    in_pool = (tables >= 0) & (tables < signature.num_pages)
-    valid &= jnp.all(in_pool | ~_live_entries(start, stop, context, signature), axis=1)
+    start, stop, valid = owned(begin, end, running_max(begin), context, signature)
+    first, last = live_entries(start, stop, context, signature)
+    outside = (tables < 0) | (tables >= signature.num_pages)
+    column = jnp.arange(signature.pages_per_seq)
+    valid &= ~jnp.any(outside & (column >= first[:, None]) & (column < last[:, None]), axis=1)
     valid |= ~live
     runs = live & valid
     return Ragged(
@@ -68,13 +66,31 @@ def sanitize(inputs: Inputs, signature: Signature) -> Ragged:
     )
 
 
-def _live_entries(start, stop, context, signature: Signature):
-    """bool [S, pages_per_seq]: the entries whose page holds a key that some row of the sequence sees."""
+def owned(begin, end, taken, context, signature: Signature):
+    """The rows of live sequences, one or many of them, and whether their numbers are valid.
+
+    Args:
+        begin, end: a sequence's offsets; context: its length.
+        taken: the largest of its first offset and all before it. Rows below are taken: garbage offsets cannot make two
+            sequences write one row.
+
+    Returns:
+        The first row, one past the last, and a bool.
+    """
+    total = signature.num_tokens
+    start = jnp.clip(taken, 0, total)
+    stop = jnp.clip(end, start, total)
+    valid = (begin == start) & (end >= begin) & (end <= total) & (context >= 0) & (context <= signature.capacity)
+    return start, stop, valid
+
+
+def live_entries(start, stop, context, signature: Signature):
+    """The first entry of a table whose page holds a key that some row of the sequence sees, and one past the last."""
     first = jnp.maximum(context - (stop - start), 0)  # the first row's position
     low = first * 0 if signature.sliding_window is None else jnp.maximum(first - signature.sliding_window + 1, 0)
-    column = jnp.arange(signature.pages_per_seq)[None, :] * signature.page_size
-    seen = (column < context[:, None]) & (column + signature.page_size > low[:, None])
-    return seen & (stop > start)[:, None]
+    seen = (stop > start) & (context > 0)
+    last = jnp.where(seen, jax.lax.div(context - 1, signature.page_size) + 1, 0)
+    return jax.lax.div(low, signature.page_size), last
 
 
 def unowned(signature: Signature, ragged: Ragged):

@@ -217,6 +217,22 @@ def test_memory_of_a_long_decode_does_not_know_the_context():
     assert long <= short + 4 * table < 2e9
 
 
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3fn", "int8", "float16"])
+def test_no_pass_over_a_whole_pool(dtype):
+    """XLA has no gather of 8-bit floats, and converted every page of the pool, live or not, before the first loop."""
+    pages = 1013
+    pool = jax.ShapeDtypeStruct((pages, 4, 2, 8), dtype)
+    sizes = ((3, 1, 8), "float32"), ((2,), "int32"), ((2, 5), "int32"), ((3,), "int32"), ((1,), "int32")
+    queries, *metadata = (jax.ShapeDtypeStruct(*size) for size in sizes)
+    scales = {} if dtype == "float16" else {"k_scale": 1.0, "v_scale": 1.0}
+    text = program(RaggedPageAttentionv2Config(platform="xla"), **scales).lower(queries, pool, *metadata).compile()
+    whole = re.compile(rf"= \w+\[(\d+,)*{pages}[,\]]")
+    alone = [part for part in text.as_text().split("\n\n") if not part.startswith(("%fused", "%wrapped"))]
+    made = [line for part in alone for line in part.splitlines() if whole.search(line)]
+    assert made  # the pool itself, at least
+    assert {re.search(r"\} ([\w-]+)\(", line)[1] for line in made} <= {"parameter", "get-tuple-element", "bitcast"}
+
+
 # ------------------------------------------------------------------ whose bits
 
 

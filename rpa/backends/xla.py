@@ -1,9 +1,9 @@
 """The XLA backend: blocked online softmax in while loops whose trip counts are the live work.
 
-A sequence is cut into tiles of query rows, by its own query length only: large tiles first, a short remainder
-into small ones, a single row (all of a decode step) into tiles of one. A loop walks the live tiles of each shape;
-inside it another walks the blocks of pages that the tile's rows see. Nothing is ever as long as a context, and dead
-rows, sequences and pages are never visited. The blocks of a tile start at the page its window starts in, so a
+A loop walks the live sequences. Each is cut into tiles of query rows, by its own query length only: large tiles first,
+a short remainder into small ones, a single row (all of a decode step) into tiles of one. A loop walks the tiles of each
+shape; inside it another walks the blocks of pages that the tile's rows see. Nothing is ever as long as a context, and
+dead rows, sequences and pages are never visited. The blocks of a tile start at the page its window starts in, so a
 sequence's arithmetic depends on nothing but itself.
 
 Floors and where we are (two Xeon cores with AMX, shared with other work, so CPU time; 32/8 heads, D 128, f32):
@@ -18,12 +18,15 @@ What was tried and lost (CPU time of a 256-key block of that model, 2 MB in f32,
 - multiply and reduce instead of a dot: scores 73..134 us, values 29 us; in bf16 slower than the dot
 - bf16 operands rounded and then multiplied as f32: 1.2x slower for 4 rows, 4x for 256, since XLA's bf16 dots use AMX
 - tiles of 32 or 128 rows instead of 64, blocks of 128 or 512 keys in prefill: within the noise
-- searchsorted for an item's sequence: a loop of its own and a second of compilation; a compare and a sum are free
+- all tiles of one shape in a loop, found by running sums over the sequences, whose numbers are then arrays: 10 kernels
+  more to compile; 1,000 short sequences of one row took 10.1 ms, now 6.9; one live of 1,000 took 2.6 ms, now 0.2
+- the barrier behind the mask where there is no cap: no kernel less, and bf16 decode up to a fifth slower
 Compilation, 2 s, is a twentieth passes over HLO; then each kernel that no other equals costs 15 ms in MLIR and 20 in
-LLVM. So what the shapes of tiles have in common is written alike: a ninth less CPU time, 7 shapes, runs alternating.
+LLVM. So a sequence's and a tile's numbers are one array each, and what the shapes of tiles have in common is written
+alike: 51 kernels became 43, a fifth less CPU time. Further:
 - sums and maxima in two steps of at most 32 instead of XLA's tree: as many kernels, prefill slower
 - the sum of the weights as a dot with ones: the ones are a kernel too
-- the tiles dealt out by an array for each shape instead of one for all: more kernels before the loops than less in them
+- a table's entries as booleans, shaped so that no dimension passes 32: XLA makes one of them again, and a tree of it
 """
 
 from __future__ import annotations
@@ -37,11 +40,13 @@ from jax import lax
 from rpa import layout, numerics
 from rpa.config import RaggedPageAttentionv2Config
 from rpa.device import Device
-from rpa.layout import Ragged
+from rpa.program import nothing_to_do
 from rpa.registry import Implementation
 from rpa.signature import Inputs, Signature
 
 _OPTIONS = ("decode_pages", "short_rows")  # pages a block of one-row and short tiles; rows of a short tile
+_INVALID = -(2**31)  # the position of an invalid sequence's first row: below every valid one, and none sees a key
+_BEFORE = (0, 0, 0, 0, 1, 0)  # the item before a sequence's first; all alike, it would be a kernel and not a constant
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Keys a block, rows a tile, keys a decode block: the candidates beside the heuristic.
 _AROUND = (
@@ -62,27 +67,35 @@ class Tile(NamedTuple):
     spare: int  # a remainder of at most this many rows is left to the smaller tiles
 
 
+class Sequence(NamedTuple):
+    """A sequence, and how its rows are dealt out to the tile shapes: one array, that XLA makes by one loop."""
+
+    facts: jax.Array  # int32 [6 + shapes]; the last two are the first of its live table entries, one past the last
+
+    index = property(lambda self: self.facts[0])
+    taken = property(lambda self: self.facts[1])  # the largest offset of it and all before it
+    start = property(lambda self: self.facts[2])  # its first row in `queries`
+    position = property(lambda self: self.facts[3])  # of that row, may be negative; `_INVALID`: its rows become NaN
+
+    def end(self, kind: int) -> jax.Array:
+        """One past the last of its rows that tiles of this shape take, and larger ones before them."""
+        return self.facts[4 + kind]
+
+
 class Item(NamedTuple):
-    """One tile of one sequence, and the page its next block begins at: one array, that XLA makes by one loop."""
+    """One tile of a sequence, and the page its next block begins at: one array too."""
 
     facts: jax.Array  # int32 [6]
 
     page = property(lambda self: self.facts[0])
     stop = property(lambda self: self.facts[1])  # one past the last key any row sees
     position = property(lambda self: self.facts[2])  # of the first row, may be negative
-    sequence = property(lambda self: self.facts[3])
-    first_row = property(lambda self: self.facts[4])  # row in `queries` of the tile's first row
-    rows = property(lambda self: self.facts[5])  # live rows
+    first_row = property(lambda self: self.facts[3])  # row in `queries` of the tile's first row
+    rows = property(lambda self: self.facts[4])  # live rows
+    end = property(lambda self: self.facts[5])  # one past its last row, counted from the sequence's first
 
     def next(self, pages: int) -> Item:
         return Item(self.facts + jnp.array([pages, 0, 0, 0, 0, 0], jnp.int32))
-
-
-class Deal(NamedTuple):
-    """Which rows of which sequence the tiles of each shape take."""
-
-    ends: jax.Array  # int32 [shapes, S], items up to and with a sequence
-    facts: jax.Array  # int32 [shapes, 4, S]: where its items begin and end, its first row, the position of that
 
 
 class Softmax(NamedTuple):
@@ -95,16 +108,24 @@ class Softmax(NamedTuple):
 
 def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Config) -> tuple[Any, Any]:
     """The whole contract, inside jit: [T, Hq, D] in the queries' dtype and f32 [T, Hq] or None."""
-    ragged = layout.sanitize(inputs, signature)
-    never = _never(inputs)
+    shapes, never = tiles(signature, config), _never(inputs)
     # Written first and not last: sweeps write live rows only, and so no pass over the whole output follows them.
-    output, lse = (_varying(x, never) for x in layout.unowned(signature, ragged))
-    carry = output, lse if signature.return_lse else None
-    shapes = tiles(signature, config)
-    deal = _deal(shapes, ragged)
-    for kind, tile in enumerate(shapes):
-        carry = _sweep(tile, kind, deal, inputs, signature, carry)
-    return carry
+    output, lse = nothing_to_do(signature)
+    carry = _varying(output, never), None if lse is None else _varying(lse, never)
+
+    def more(state) -> jax.Array:
+        return state[0].index + 1 < jnp.minimum(inputs.num_seqs[0], signature.max_seqs)
+
+    def body(state):
+        last, carry = state
+        sequence = _sequence(last, shapes, inputs, signature)
+        item = Item(_varying(jnp.array(_BEFORE, jnp.int32), never))
+        for kind, tile in enumerate(shapes):
+            item, carry = _sweep(tile, kind, sequence, item, inputs, signature, carry)
+        return sequence, carry
+
+    before = jnp.array([-1, *[0] * (5 + len(shapes))], jnp.int32)
+    return lax.while_loop(more, body, (Sequence(_varying(before, never)), carry))[1]
 
 
 def _never(inputs: Inputs):
@@ -150,56 +171,72 @@ def _check(config: RaggedPageAttentionv2Config) -> None:
         )
 
 
-def _deal(shapes: tuple[Tile, ...], ragged: Ragged) -> Deal:
-    """Deal the rows of every sequence out to the tile shapes."""
-    rows = ragged.stop - ragged.start
-    left, taken, stop, items = rows, [], [], []
+def _sequence(last: Sequence, shapes: tuple[Tile, ...], inputs: Inputs, signature: Signature) -> Sequence:
+    """The sequence after `last`."""
+    index = last.index + 1
+    begin, end = _at(inputs.query_start_loc, index), _at(inputs.query_start_loc, index + 1)
+    context, table = _at(inputs.context_lens, index), _at(inputs.block_tables, index)
+    taken = jnp.maximum(last.taken, begin)
+    start, stop, valid = layout.owned(begin, end, taken, context, signature)
+    rows = stop - start
+    entries = layout.live_entries(start, stop, context, signature)
+    position = jnp.where(valid, context - rows, _INVALID)
+    # A barrier: else XLA works them out again wherever one is looked at.
+    facts = lax.optimization_barrier(jnp.stack([index, taken, start, position, *_ends(shapes, rows), *entries]))
+    column = jnp.arange(signature.pages_per_seq)
+    live = jnp.where((column >= facts[-2]) & (column < facts[-1]), table, 0)
+    # Both at once: a reduction of one array longer than 32 is a tree of kernels for XLA.
+    least, most = lax.reduce((live, live), (jnp.int32(0), jnp.int32(0)), _least_and_most, (0,))
+    lost = (least < 0) | (most >= signature.num_pages)
+    is_position = jnp.array([place == 3 for place in range(facts.size)])
+    return Sequence(lax.optimization_barrier(jnp.where(lost & is_position, _INVALID, facts)))
+
+
+def _least_and_most(a, b):
+    return jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])
+
+
+def _at(array, index):
+    """One entry, by an index that is never negative."""
+    return lax.dynamic_index_in_dim(array, index, keepdims=False, allow_negative_indices=False)
+
+
+def _ends(shapes: tuple[Tile, ...], rows) -> list[jax.Array]:
+    """Deal the rows of a sequence out to the tile shapes: where those of each end."""
+    left, ends = rows, []
     for tile in shapes:
-        full = lax.div(left, tile.rows) if tile.rows > 1 else left
-        spare = left - full * tile.rows
-        partial = spare > tile.spare  # a tile more, for what the smaller ones are not given
-        taken.append(rows - left)
-        items.append(full + partial)
-        left = jnp.where(partial, 0, spare)
-        stop.append(rows - left)
-    taken, stop, items = jnp.stack(taken), jnp.stack(stop), jnp.stack(items)
-    size = jnp.array([[tile.rows] for tile in shapes], jnp.int32)
-    ends = layout.running_sum(items)
-    # An item of a sequence begins at row `first + index * tile.rows` of its queries; the last ends at `stop`.
-    first = taken - (ends - items) * size
-    whole = ragged.start, ragged.context - rows
-    return Deal(ends, jnp.stack([first, stop, *(jnp.broadcast_to(x, first.shape) for x in whole)], axis=1))
+        spare = lax.rem(left, tile.rows)
+        left = jnp.where(spare > tile.spare, 0, spare)  # a tile more, for what the smaller ones are not given
+        ends.append(rows - left)
+    return ends
 
 
-def _sweep(tile: Tile, kind: int, deal: Deal, inputs: Inputs, signature: Signature, carry):
-    """Run every live tile of one shape and store its rows."""
+def _sweep(tile: Tile, kind: int, sequence: Sequence, item: Item, inputs: Inputs, signature: Signature, carry):
+    """Run every tile of one shape that a sequence has, and store its rows; `item` is the last one of larger tiles."""
 
     def more(state) -> jax.Array:
-        return state[0] < deal.ends[kind, -1]
+        return state[0].end < sequence.end(kind)
 
     def body(state):
-        index, carry = state
-        item = _item(tile, kind, index, deal, signature)
-        softmax = _attend(tile, item, inputs, signature)
-        return index + 1, _store(tile, item, carry, _close(softmax, inputs, signature))
+        item, carry = state
+        item = _item(tile, kind, item.end, sequence, signature)
+        softmax = _attend(tile, item, sequence, inputs, signature)
+        return item, _store(tile, item, carry, _close(softmax, item, inputs, signature))
 
-    return lax.while_loop(more, body, (jnp.int32(0), carry))[1]
+    return lax.while_loop(more, body, (item, carry))
 
 
-def _item(tile: Tile, kind: int, index, deal: Deal, signature: Signature) -> Item:
-    """Item `index` of a sweep."""
-    sequence = jnp.sum(deal.ends[kind] <= index, dtype=jnp.int32)
-    facts = lax.dynamic_slice(deal.facts, (kind, 0, sequence), (1, 4, 1), allow_negative_indices=False)
-    first, stop, start, before = facts.reshape(4)
-    row = first + index * tile.rows  # in the sequence's queries
-    rows = jnp.minimum(tile.rows, stop - row)
-    position = before + row
+def _item(tile: Tile, kind: int, row, sequence: Sequence, signature: Signature) -> Item:
+    """The tile that begins at a row of the sequence."""
+    rows = jnp.minimum(tile.rows, sequence.end(kind) - row)
+    position = sequence.position + row
     low, _ = layout.visible(position, None, signature.sliding_window)
-    facts = jnp.stack([low // signature.page_size, position + rows, position, sequence, start + row, rows])
-    return Item(lax.optimization_barrier(facts))  # else XLA works them out again wherever one is looked at
+    page = lax.div(low, signature.page_size)
+    facts = jnp.stack([page, position + rows, position, sequence.start + row, rows, row + rows])
+    return Item(lax.optimization_barrier(facts))
 
 
-def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Softmax:
+def _attend(tile: Tile, item: Item, sequence: Sequence, inputs: Inputs, signature: Signature) -> Softmax:
     """Fold every block of pages that some row of the tile sees."""
     heads, group, dim = signature.num_kv_heads, signature.group, signature.head_dim
     block = tile.pages * signature.page_size
@@ -217,7 +254,7 @@ def _attend(tile: Tile, item: Item, inputs: Inputs, signature: Signature) -> Sof
         key = at.page * signature.page_size + jnp.arange(block)
         first, _ = layout.visible(at.position, None, signature.sliding_window)
         readable = (key >= first) & (key < at.stop)  # [block]; other slots may hold anything
-        keys, values = _load_block(tile, at, readable, inputs, signature)
+        keys, values = _load_block(tile, at, sequence, readable, inputs, signature)
         seen = (key >= low[:, None]) & (key < high[:, None])  # [rows, block]
         z = _logits(queries, keys, inputs, signature).reshape(heads, tile.rows, group, block)
         return at.next(tile.pages), _fold(softmax, z, seen[:, None], values, signature)
@@ -243,10 +280,11 @@ def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
     return _operand(q, signature)
 
 
-def _load_block(tile: Tile, item: Item, readable, inputs: Inputs, signature: Signature):
+def _load_block(tile: Tile, item: Item, sequence: Sequence, readable, inputs: Inputs, signature: Signature):
     """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
     column = jnp.minimum(item.page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
-    ids = jnp.clip(inputs.block_tables[item.sequence, column], 0, signature.num_pages - 1)
+    ids = inputs.block_tables.at[sequence.index, column].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    ids = jnp.clip(ids, 0, signature.num_pages - 1)
     keys = _gather(inputs.kv_pages, ids, 0, signature)
     values = _gather(inputs.kv_pages, ids, signature.head_dim, signature)
     values = jnp.where(readable[None, :, None], _operand(values, signature), 0)
@@ -257,6 +295,8 @@ def _gather(kv_pages, ids, offset: int, signature: Signature):
     """[Hkv, pages * page, D] of the keys (offset 0) or values (offset D), in one pass over the pages."""
     heads, dim, page = signature.num_kv_heads, signature.head_dim, signature.page_size
     pairs = kv_pages.reshape(-1, page, heads, 2 * dim)  # a kv head's key and value side by side
+    if pairs.dtype.itemsize == 1:  # else XLA converts the whole pool to 16 bits before the loop
+        pairs, ids = lax.optimization_barrier((pairs, ids))
     at = jnp.stack([ids, jnp.full_like(ids, offset)], axis=-1)
     numbers = lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3))
     # Indexed by page id: a flattened element offset would not fit 32 bits in a large pool.
@@ -298,6 +338,8 @@ def _logits(queries, keys, inputs: Inputs, signature: Signature):
 def _fold(state: Softmax, z, seen, values, signature: Signature) -> Softmax:
     """One step of the online softmax; z [Hkv, rows, group, block], seen broadcastable to it."""
     z = jnp.where(seen, z, -jnp.inf)
+    if signature.logits_soft_cap is not None:
+        z = lax.optimization_barrier(z)  # masked once, in the tanh's kernel and not in those after it
     m = jnp.maximum(state.m, jnp.max(z, axis=-1))
     base = jnp.where(m == -jnp.inf, 0.0, m)  # nothing seen yet: exp(-inf - 0) is 0, -inf - -inf is not
     p = jnp.exp(z - base[..., None])
@@ -308,13 +350,14 @@ def _fold(state: Softmax, z, seen, values, signature: Signature) -> Softmax:
     return Softmax(m=m, l=state.l * keep + jnp.sum(p, axis=-1), acc=state.acc * keep[..., None] + update)
 
 
-def _close(state: Softmax, inputs: Inputs, signature: Signature):
+def _close(state: Softmax, item: Item, inputs: Inputs, signature: Signature):
     """Divide, and put heads back beside each other: f32 [rows, Hq, D] and [rows, Hq]."""
     l = jnp.where(state.l > 0, state.l, 1.0)  # 0 where masked keys have outweighed a sink of -inf
     out = state.acc / l[..., None]
     if inputs.v_scale is not None:
         out = out * inputs.v_scale[:, None, None, None]
     lse = state.m + jnp.log(l)
+    out, lse = (jnp.where(item.position < -signature.num_tokens, jnp.nan, x) for x in (out, lse))
     rows = out.shape[1]
     out = out.transpose(1, 0, 2, 3).reshape(rows, signature.num_q_heads, signature.head_dim)
     return out, lse.transpose(1, 0, 2).reshape(rows, signature.num_q_heads)
