@@ -1,9 +1,9 @@
 """Ragged paged attention in float64: the answer, with nothing clever in it.
 
 A case is cut into blocks, and each block is solved by the textbook formula. The bound (`oracle.bound`) walks the
-same blocks and reuses what is solved here. Small sequences share a block, padded to the longest (a campaign lives
-on cases of a few dozen tokens, where NumPy's call overhead is all the cost), be they of one case or of several of
-equal shapes; a large one is cut by heads and rows.
+same blocks and reuses what is solved here. The rows of small sequences share a block, each with the keys that it sees
+(a campaign lives on cases of a few dozen tokens, where NumPy's call overhead is most of the cost), be they of one
+case or of several of equal shapes; a large sequence is cut by heads and rows.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ SMALL = 2**18  # products p v up to which sequences share a block, and up to whi
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """Rows and the keys they see. The leading axis E runs over sequences, then over kv heads of each.
+    """Rows and the keys they see. The leading axis E runs over Q sets of rows, then over the kv heads of each.
 
-    Padding: rows whose token is -1 go nowhere, keys that no row sees hold zeros and are masked.
+    Keys that a row does not see are masked; those that stand for none, so that all rows have N, hold zeros.
     """
 
     case: Case  # for shapes, dtypes and options alone: the rows may be those of several cases
-    tokens: np.ndarray  # int [Q, R] the output rows of each of Q sequences
+    tokens: np.ndarray  # int [Q, R] the output rows of each set
     kv_heads: slice
     queries: np.ndarray  # f64 [E, R, G, D]
     keys: np.ndarray  # f64 [E, N, D]
@@ -62,20 +62,12 @@ class Block:
         """`sum_j |v_jd|` over visible keys: `[E, R, 1, D]`."""
         return np.matmul(self.mask[:, :, 0].astype(np.float64), self.abs_values)[:, :, None, :]
 
-    @functools.cached_property
-    def _owned(self) -> tuple[np.ndarray, np.ndarray]:
-        """The output rows that the block's rows go to, and where each stands in `[E * R]`: `[n]` and `[n, H]`."""
-        q, r = np.nonzero(self.tokens >= 0)
-        (Q, R), E = self.tokens.shape, len(self.queries)
-        return self.tokens[q, r], (q * (E // Q) * R + r)[:, None] + np.arange(0, E // Q * R, R)
-
     def scatter(self, block_result: np.ndarray, whole: np.ndarray) -> None:
         """Writes `[E, R, G, ...]` to its place in `[T, Hq, ...]`."""
-        E, R, G, *rest = block_result.shape
-        tokens, at = self._owned
-        rows = block_result.reshape(E * R, G, *rest).take(at, axis=0)  # [n, H, G, ...]
+        (E, R, G, *rest), Q = block_result.shape, len(self.tokens)
         heads = slice(self.kv_heads.start * G, self.kv_heads.stop * G)
-        whole[tokens, heads] = rows.reshape(len(tokens), at.shape[1] * G, *rest)
+        rows = block_result.reshape(Q, E // Q, R, G, *rest).swapaxes(1, 2)  # [Q, R, H, G, ...]
+        whole[self.tokens, heads] = rows.reshape(Q, R, E // Q * G, *rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -152,7 +144,8 @@ def blocks(*cases: Case) -> Iterator[Block]:
             small.append(sequence)
         else:
             yield from _large(whole, sequence)
-    yield from _small(whole, small)
+    if small:
+        yield from _small(whole, small)
 
 
 def _products(case: Case, num_rows: int, num_keys: int) -> int:
@@ -160,50 +153,36 @@ def _products(case: Case, num_rows: int, num_keys: int) -> int:
 
 
 def _small(whole: Stack, sequences: list[Sequence]) -> Iterator[Block]:
-    """Packs small sequences, like with like, while the padded block is small too."""
-    group: list[Sequence] = []
-    rows = keys = 0
-    for sequence in sorted(sequences, key=lambda sequence: (sequence.num_rows, sequence.num_keys)):
-        wider, longer = max(rows, sequence.num_rows), max(keys, sequence.num_keys)
-        if group and _products(whole.case, wider * (len(group) + 1), longer) > SMALL:
-            yield from _pack(whole, group, rows, keys)
-            group, wider, longer = [], sequence.num_rows, sequence.num_keys
-        group.append(sequence)
-        rows, keys = wider, longer
-    if group:
-        yield from _pack(whole, group, rows, keys)
+    """The rows of small sequences, each with the keys that it sees and no others: like with like, all heads."""
+    case = whole.case
+    facts = np.array([(s.index, s.context_len, s.start - s.positions[0]) for s in sequences])
+    index, context, shift = facts.repeat([s.num_rows for s in sequences], axis=0).T
+    position = np.concatenate([s.positions for s in sequences])
+    lo, hi = visible(position, context, case.sliding_window)
+    order = np.argsort(lo - hi, kind="stable")  # the row that sees most comes first
+    while len(order):
+        longest = max(0, int(hi[order[0]] - lo[order[0]]))
+        fit = max(1, SMALL // _products(case, 1, longest))
+        rows, order = order[:fit], order[fit:]
+        yield _pack(whole, index[rows], position[rows] + shift[rows], lo[rows], hi[rows], longest)
 
 
-def _pack(whole: Stack, group: list[Sequence], R: int, N: int) -> Iterator[Block]:
-    """One block of several whole sequences, all heads; a sequence with a live number that is not finite apart."""
-    case, Q = whole.case, len(group)
+def _pack(whole: Stack, index: np.ndarray, tokens: np.ndarray, lo: np.ndarray, hi: np.ndarray, N: int) -> Block:
+    """Rows `tokens` `[Q]` of sequences `index` with the keys `[lo, hi)` of each, at most N."""
+    case, Q, every = whole.case, len(tokens), slice(0, whole.case.num_kv_heads)
     H, G, D = case.num_kv_heads, case.group, case.head_dim
-    facts = [(s.index, s.start, s.stop, s.context_len, s.keys[0]) for s in group]
-    index, start, stop, context, low = np.array(facts).T[..., None]  # [Q, 1] each
-    keys = low + np.arange(N)  # [Q, N] positions
-    k, v = found = gather(whole, index, keys, keys < context, slice(0, H))
-    finite = np.isfinite(found)
-    if not finite.all():
-        for sequence, fine in zip(group, finite.all(axis=(0, 2, 3, 4)), strict=True):
-            yield from _pack(whole, [sequence], R, N) if fine else _large(whole, sequence)
-        return
-    tokens = start + np.arange(R)  # [Q, R]
-    owned = tokens < stop
-    queries = np.empty((Q, H, R, G, D))
-    queries[:] = whole.queries.take(tokens, axis=0, mode="clip").reshape(Q, R, H, G, D).swapaxes(1, 2)
-    if not owned.all():
-        tokens[~owned] = -1
-        queries.swapaxes(1, 2)[~owned] = 0
-    mask = _mask(case, np.where(owned, tokens + (context - stop), -1), context, keys)
-    yield Block(
+    keys = lo[:, None] + np.arange(N)  # [Q, N] positions
+    real = keys < hi[:, None]
+    k, v = gather(whole, index[:, None], keys, real, every)
+    return Block(
         case,
-        tokens,
-        slice(0, H),
-        queries.reshape(Q * H, R, G, D),
+        tokens[:, None],
+        every,
+        whole.queries[tokens].astype(np.float64).reshape(Q * H, 1, G, D),
         k.reshape(Q * H, N, D),
         v.reshape(Q * H, N, D),
-        mask[:, :, None].repeat(H, axis=0),
-        *_by_head(whole, index[:, 0], slice(0, H)),
+        real[:, None, None].repeat(H, axis=0),
+        *_by_head(whole, index, every),
     )
 
 
