@@ -72,7 +72,7 @@ class Sequence(NamedTuple):
 
     facts: jax.Array  # int32 [6 + shapes]; the last two are the first of its live table entries, one past the last
 
-    index = property(lambda self: self.facts[0])
+    number = property(lambda self: self.facts[0])
     taken = property(lambda self: self.facts[1])  # the largest offset of it and all before it
     start = property(lambda self: self.facts[2])  # its first row in `queries`
     position = property(lambda self: self.facts[3])  # of that row, may be negative; `_INVALID`: its rows become NaN
@@ -114,7 +114,7 @@ def run(inputs: Inputs, signature: Signature, config: RaggedPageAttentionv2Confi
     carry = _varying(output, never), None if lse is None else _varying(lse, never)
 
     def more(state) -> jax.Array:
-        return state[0].index + 1 < jnp.minimum(inputs.num_seqs[0], signature.max_seqs)
+        return state[0].number + 1 < jnp.minimum(inputs.num_seqs[0], signature.max_seqs)
 
     def body(state):
         last, carry = state
@@ -173,16 +173,16 @@ def _check(config: RaggedPageAttentionv2Config) -> None:
 
 def _sequence(last: Sequence, shapes: tuple[Tile, ...], inputs: Inputs, signature: Signature) -> Sequence:
     """The sequence after `last`."""
-    index = last.index + 1
-    begin, end = _at(inputs.query_start_loc, index), _at(inputs.query_start_loc, index + 1)
-    context, table = _at(inputs.context_lens, index), _at(inputs.block_tables, index)
+    number = last.number + 1
+    begin, end = _at(inputs.query_start_loc, number), _at(inputs.query_start_loc, number + 1)
+    context, table = _at(inputs.context_lens, number), _at(inputs.block_tables, number)
     taken = jnp.maximum(last.taken, begin)
     start, stop, valid = layout.owned(begin, end, taken, context, signature)
     rows = stop - start
     entries = layout.live_entries(start, stop, context, signature)
     position = jnp.where(valid, context - rows, _INVALID)
     # A barrier: else XLA works them out again wherever one is looked at.
-    facts = lax.optimization_barrier(jnp.stack([index, taken, start, position, *_ends(shapes, rows), *entries]))
+    facts = lax.optimization_barrier(jnp.stack([number, taken, start, position, *_ends(shapes, rows), *entries]))
     column = jnp.arange(signature.pages_per_seq)
     live = jnp.where((column >= facts[-2]) & (column < facts[-1]), table, 0)
     # Both at once: a reduction of one array longer than 32 is a tree of kernels for XLA.
@@ -283,7 +283,7 @@ def _load_queries(tile: Tile, item: Item, inputs: Inputs, signature: Signature):
 def _load_block(tile: Tile, item: Item, sequence: Sequence, readable, inputs: Inputs, signature: Signature):
     """Keys and values of one block, [Hkv, block, D] each; values in slots nobody may read become 0."""
     column = jnp.minimum(item.page + jnp.arange(tile.pages), signature.pages_per_seq - 1)
-    ids = inputs.block_tables.at[sequence.index, column].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    ids = inputs.block_tables.at[sequence.number, column].get(mode="promise_in_bounds", wrap_negative_indices=False)
     ids = jnp.clip(ids, 0, signature.num_pages - 1)
     keys = _gather(inputs.kv_pages, ids, 0, signature)
     values = _gather(inputs.kv_pages, ids, signature.head_dim, signature)
