@@ -67,19 +67,24 @@ class Tile(NamedTuple):
     spare: int  # a remainder of at most this many rows is left to the smaller tiles
 
 
+def _fact(facts, place: int):
+    """One number of an array; as `facts[place]`, which takes five times as long to trace."""
+    return lax.index_in_dim(facts, place, keepdims=False)
+
+
 class Sequence(NamedTuple):
     """A sequence, and how its rows are dealt out to the tile shapes: one array, that XLA makes by one loop."""
 
     facts: jax.Array  # int32 [6 + shapes]; the last two are the first of its live table entries, one past the last
 
-    number = property(lambda self: self.facts[0])
-    taken = property(lambda self: self.facts[1])  # the largest offset of it and all before it
-    start = property(lambda self: self.facts[2])  # its first row in `queries`
-    position = property(lambda self: self.facts[3])  # of that row, may be negative; `_INVALID`: its rows become NaN
+    number = property(lambda self: _fact(self.facts, 0))
+    taken = property(lambda self: _fact(self.facts, 1))  # the largest offset of it and all before it
+    start = property(lambda self: _fact(self.facts, 2))  # its first row in `queries`
+    position = property(lambda self: _fact(self.facts, 3))  # of that row, or `_INVALID`: its rows become NaN
 
     def end(self, kind: int) -> jax.Array:
         """One past the last of its rows that tiles of this shape take, and larger ones before them."""
-        return self.facts[4 + kind]
+        return _fact(self.facts, 4 + kind)
 
 
 class Item(NamedTuple):
@@ -87,12 +92,12 @@ class Item(NamedTuple):
 
     facts: jax.Array  # int32 [6]
 
-    page = property(lambda self: self.facts[0])
-    stop = property(lambda self: self.facts[1])  # one past the last key any row sees
-    position = property(lambda self: self.facts[2])  # of the first row, may be negative
-    first_row = property(lambda self: self.facts[3])  # row in `queries` of the tile's first row
-    rows = property(lambda self: self.facts[4])  # live rows
-    end = property(lambda self: self.facts[5])  # one past its last row, counted from the sequence's first
+    page = property(lambda self: _fact(self.facts, 0))
+    stop = property(lambda self: _fact(self.facts, 1))  # one past the last key any row sees
+    position = property(lambda self: _fact(self.facts, 2))  # of the first row, may be negative
+    first_row = property(lambda self: _fact(self.facts, 3))  # row in `queries` of the tile's first row
+    rows = property(lambda self: _fact(self.facts, 4))  # live rows
+    end = property(lambda self: _fact(self.facts, 5))  # one past its last row, counted from the sequence's first
 
     def next(self, pages: int) -> Item:
         return Item(self.facts + jnp.array([pages, 0, 0, 0, 0, 0], jnp.int32))
@@ -184,7 +189,7 @@ def _sequence(last: Sequence, shapes: tuple[Tile, ...], inputs: Inputs, signatur
     # A barrier: else XLA works them out again wherever one is looked at.
     facts = lax.optimization_barrier(jnp.stack([number, taken, start, position, *_ends(shapes, rows), *entries]))
     column = jnp.arange(signature.pages_per_seq)
-    live = jnp.where((column >= facts[-2]) & (column < facts[-1]), table, 0)
+    live = jnp.where((column >= _fact(facts, -2)) & (column < _fact(facts, -1)), table, 0)
     # Both at once: a reduction of one array longer than 32 is a tree of kernels for XLA.
     least, most = lax.reduce((live, live), (jnp.int32(0), jnp.int32(0)), _least_and_most, (0,))
     lost = (least < 0) | (most >= signature.num_pages)
