@@ -108,9 +108,9 @@ class Target:
             raise Unsupported(gap)
         options = {**case.options, **({"return_lse": True} if self.asks_lse else {})}
         given = case.arrays
-        arrays = [None if a is None else np.array(a) for a in given]
+        arrays = lent = [None if a is None else np.array(a) for a in given]
         if self.jax_arrays:
-            arrays = [None if a is None else _as_jax(a) for a in arrays]
+            arrays = [None if a is None else _as_jax(a) for a in lent]
         try:
             answer = self.call(*arrays, **options)
         except NotImplementedError as refusal:
@@ -120,8 +120,8 @@ class Target:
             if ran != self.expects:
                 raise WrongBackend(f"{self.name} was asked for {self.expects}, but {ran} answered")
         result = _as_numpy(answer)
-        for name, before, array in zip(_NAMES, given, arrays, strict=True):
-            if isinstance(array, np.ndarray) and array.tobytes() != before.tobytes():  # JAX's cannot be written
+        for name, before, after in zip(_NAMES, given, lent, strict=True):
+            if after is not None and not _same_memory(before, after):
                 raise InputChanged(f"{self.name} wrote into its argument {name}")
         return result
 
@@ -132,14 +132,11 @@ def _as_jax(array: Any) -> Any:
     return jax.device_put(array)
 
 
-def _given(small: np.ndarray) -> Any:
-    """A few numbers as a JAX array; a case's second fill, repetitions and relations take the one it has."""
-    return _from_bytes(small.tobytes(), small.dtype, small.shape)
-
-
-@lru_cache(maxsize=64)
-def _from_bytes(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> Any:
-    return _as_jax(np.frombuffer(data, dtype).reshape(shape))  # jnp.asarray compiles a program for each shape
+def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays hold the same bits, whatever shape a kernel gave its own; a NaN is the same as itself."""
+    if a.nbytes <= 4096 or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return a.tobytes() == b.tobytes()
+    return not np.count_nonzero(a.view(f"u{a.itemsize}") != b.view(f"u{a.itemsize}"))
 
 
 def _as_numpy(answer: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -258,12 +255,8 @@ def _backend(name: str) -> Target:
     def call(*arrays: Any, **options: Any) -> Any:
         from rpa import ragged_page_attention_v2
 
-        # What is small and floating goes as it comes from a model, so that warm calls are as warm as a server's.
-        *paged, sinks = arrays
-        small = {"softmax_aux": sinks, **{k: v for k, v in options.items() if isinstance(v, np.ndarray)}}
-        given = {k: _given(v) if isinstance(v, np.ndarray) else v for k, v in small.items()}
         with _context(name):
-            return ragged_page_attention_v2(*paged, platform=platform, **{**options, **given})
+            return ragged_page_attention_v2(*arrays, platform=platform, **options)
 
     @cache
     def slot() -> Any:
@@ -303,17 +296,24 @@ def _chosen(signature: Any, device: Any, platform: str) -> str:
 
 
 @contextmanager
-def _context(name: str) -> Iterator[None]:
-    """What must surround a call: an interpreter where the backend needs one here, and no tuning of every new shape."""
-    import jax
+def _untuned(name: str) -> Iterator[None]:
+    from rpa import policy_override
 
-    from rpa import policy_override, settings
-
-    tunes = jax.default_backend() != "cpu" and settings.autotune_policy() is None
-    with policy_override(cache_miss_fallback="heuristics") if tunes else nullcontext(), _interpreter(name):
+    with policy_override(cache_miss_fallback="heuristics"), _interpreter(name):
         yield
 
 
+def _context(name: str) -> Any:
+    """What must surround a call: an interpreter where the backend needs one here, and no tuning of every new shape."""
+    if not _on_cpu():
+        from rpa import settings
+
+        if settings.autotune_policy() is None:
+            return _untuned(name)
+    return _interpreter(name)
+
+
+@cache
 def _on_cpu() -> bool:
     import jax
 

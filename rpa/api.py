@@ -92,7 +92,10 @@ def call(
     over = None if mesh is in_specs is out_specs is None else (mesh, in_specs, out_specs, check_vma)
     moment = select.moment()
     facts = _facts(arrays, (*options, platform, cfg, over)) if moment and validate is False else None
-    plan = _PLANS.get(facts)
+    try:
+        plan = _PLANS.get(facts)
+    except TypeError:  # an argument that cannot be hashed
+        facts = plan = None
     if plan is not None and plan.moment == moment:
         return plan.run(arrays)
     inputs, signature = prepare(arrays, options, validate)
@@ -171,7 +174,7 @@ class Plan(NamedTuple):
         if self.check and not rules.plainly_right(inputs, self.signature):
             rules.check_metadata(inputs, self.signature, False)
         for i in self.scales:
-            if not np.isfinite(inputs[i]).all():
+            if not np.isfinite(np.asarray(inputs[i])).all():
                 rules.head_scales(Inputs._fields[i], inputs[i], self.signature.num_kv_heads)
         output, lse = self.program(inputs)
         return (output, lse) if self.signature.return_lse else output
@@ -192,7 +195,7 @@ _KINDS: dict[type, int] = {type(None): _SCALAR, int: _SCALAR, float: _SCALAR, np
 
 
 def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
-    """Everything static about a call, and its scalars, as a hashable value; None for what is not remembered."""
+    """Everything static about a call, and its scalars, as one value; None for what is not remembered."""
     facts: list[Any] = [devices.current(arrays[0])]
     for i, value in enumerate(arrays):
         kind = _KINDS.get(type(value))
@@ -209,9 +212,4 @@ def _facts(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
             return None
     facts += options
     facts += map(type, options)  # True == 1 == 1.0, and they are not the same option
-    key = tuple(facts)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return tuple(facts)

@@ -297,28 +297,40 @@ def check_metadata(inputs: Inputs, signature: Signature, everything: bool) -> No
 
 def plainly_right(inputs: Inputs, signature: Signature) -> bool:
     """Whether a few reductions already show the host metadata to be valid; False asks for `check_metadata`."""
-    _, _, context, tables, offsets, count = inputs[:6]
-    if not isinstance(count, np.ndarray):
-        return not is_host(count)  # what is unknown on the host is the kernel's to check
-    live = int(count[0])
+    if not isinstance(inputs.num_seqs, np.ndarray):
+        return not is_host(inputs.num_seqs)  # what is unknown on the host is the kernel's to check
+    live = int(inputs.num_seqs[0])
     if not 0 < live <= signature.max_seqs:
         return False
-    context = context[:live] if isinstance(context, np.ndarray) else None
-    offsets = offsets[: live + 1] if isinstance(offsets, np.ndarray) else None
-    if context is not None and not 0 <= context.min() <= context.max() <= signature.capacity:
+    context, offsets = _known(inputs.context_lens, live), _known(inputs.query_start_loc, live + 1)
+    if context is not None and _some(_no_length(context, signature)):
         return False
-    if offsets is not None:
-        right = offsets[0] >= 0 and offsets[-1] <= signature.num_tokens and (offsets[1:] >= offsets[:-1]).all()
-        if not right:
-            return False
-    if not isinstance(tables, np.ndarray):
-        return True
-    wrong = _no_page(tables[:live], signature)
-    if not wrong.any():
+    if offsets is not None and not _rises(offsets, signature):
+        return False
+    tables = _known(inputs.block_tables, live)
+    if tables is None or not _some(wrong := _no_page(tables, signature)):
         return True
     if context is None or offsets is None:
         return False
-    return not (wrong & _read(context, offsets, signature)).any()
+    return not _some(wrong & _read(context, offsets, signature))
+
+
+def _known(array: Any, rows: int) -> np.ndarray | None:
+    """The first rows of metadata that lie on the host."""
+    return array[:rows] if isinstance(array, np.ndarray) else None
+
+
+def _some(mask: np.ndarray) -> bool:
+    return bool(np.count_nonzero(mask))  # a fifth of the time of `any`
+
+
+def _no_length(context: np.ndarray, signature: Signature) -> np.ndarray:
+    return (context < 0) | (context > signature.capacity)
+
+
+def _rises(offsets: np.ndarray, signature: Signature) -> bool:
+    within = offsets[0] >= 0 and offsets[-1] <= signature.num_tokens
+    return bool(within) and not _some(offsets[1:] < offsets[:-1])
 
 
 def _no_page(tables: np.ndarray, signature: Signature) -> np.ndarray:
@@ -329,7 +341,7 @@ def _no_page(tables: np.ndarray, signature: Signature) -> np.ndarray:
 def _read(context: np.ndarray, offsets: np.ndarray, signature: Signature) -> np.ndarray:
     """The table entries that some row reads, of sequences with valid contexts and offsets: bool [n, pages_per_seq]."""
     queries = offsets[1:] - offsets[:-1]
-    stop = np.where(queries > 0, -(-context // signature.page_size), 0)
+    stop = -(-context // signature.page_size) * (queries > 0)
     column = np.arange(signature.pages_per_seq)
     read = column < stop[:, None]
     if signature.sliding_window is not None:
@@ -344,7 +356,7 @@ def _first(bad: np.ndarray) -> int | None:
 
 
 def _check_contexts(context: np.ndarray, signature: Signature) -> None:
-    s = _first((context < 0) | (context > signature.capacity))
+    s = _first(_no_length(context, signature))
     if s is None:
         return
     rule = f"0..{signature.capacity} (pages_per_seq * page_size = {signature.pages_per_seq} * {signature.page_size})"
