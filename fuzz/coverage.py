@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fuzz import stream
-from fuzz.plan import DATA, HOLES, TABLES, Plan, Shape
+from fuzz.plan import DATA, HOLES, TABLES, Plan, Shape, word
 
 Feature = tuple[str, Any]
 Pair = tuple[Feature, Feature]
@@ -29,20 +29,23 @@ STATIC = tuple(stream.AXES)
 
 
 def features(plan: Plan) -> frozenset[Feature]:
-    """The features of a plan; the ragged axes may have several values in one batch."""
+    """The features of a plan; the ragged axes may have several values in one batch.
+
+    Those that the stream draws: a shrunk plan, or one of another version, has others too.
+    """
     found = set(static_features(plan.shape))
     found.update(("rows", kind) for kind in _rows(plan))
     found.update(("context", kind) for kind in _contexts(plan))
     found.add(("batch", _batch(plan)))
     found.update((("tables", plan.tables), ("holes", plan.holes), ("data", plan.data)))
-    return frozenset(found)
+    return frozenset(found & _ID.keys())
 
 
 @lru_cache(maxsize=4096)
 def static_features(shape: Shape) -> frozenset[Feature]:
     scale = {None: "default", 1.0: "unit"}.get(shape.scale, "odd")
     names = ("types", "page", "kv_heads", "group", "head_dim", "cap", "sinks", "lse")
-    found: list[Feature] = [(name, getattr(shape, name)) for name in names]
+    found: list[Feature] = [(name, word(name, getattr(shape, name))) for name in names]
     return frozenset([*found, ("scale", scale), ("window", _window(shape)), ("tier", _tier(shape))])
 
 

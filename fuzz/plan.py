@@ -24,10 +24,23 @@ TYPES = {
 }
 # Where a kernel rounds the operands of its dots: large logits would leave no bound to judge by.
 ROUNDED = frozenset({"f32_as_bf16", "e4m3", "int8"})
-PAGES = (1, 3, 4, 8, 16, 32)
-KV_HEADS = (1, 2, 3)
-GROUPS = (1, 2, 3, 4, 8)
-HEAD_DIMS = (3, 8, 20, 64, 72, 128)
+# A word stands for several numbers that are one feature: a bug of one of them is mostly one of the others too.
+PAGES = (1, 3, "4-8", 16, 32, "64-128")
+KV_HEADS = (1, 2, "3-8")
+GROUPS = (1, 2, "3,5-7", 4, "8-16")
+HEAD_DIMS = ("3,20", 8, 64, "72-112", 128, "192-256")
+# (axis, word) -> its numbers, the plainest first, which a shape holds unless another fits too
+SIZES = {
+    ("page", "4-8"): (8, 4),
+    ("page", "64-128"): (64, 128),
+    ("kv_heads", "3-8"): (3, 5, 4, 8),
+    ("group", "3,5-7"): (3, 7, 5, 6),
+    ("group", "8-16"): (8, 16, 12),
+    ("head_dim", "3,20"): (3, 20),
+    ("head_dim", "72-112"): (72, 96, 80, 112),
+    ("head_dim", "192-256"): (256, 192),
+}
+_WORDS = {(axis, number): word for (axis, word), numbers in SIZES.items() for number in numbers}
 WINDOWS = ("none", "one", "few", "page", "wide", "over")
 CAPS = (None, 5.0, 30.0)
 SCALES = ("default", "unit", "odd")
@@ -36,6 +49,16 @@ TABLES = ("identity", "shuffled", "reversed", "shared", "repeated")
 HOLES = ("minus_one", "max", "alias")
 DATA = ("normal", "spikes", "ladder", "cliff", "equal", "offset", "peaky", "zero", "exact")
 AMPLITUDES = (1.0, 3.0, 0.1)
+
+
+def sizes(axis: str, value: int | str) -> tuple[int, ...]:
+    """The numbers that a value of an axis stands for."""
+    return SIZES[axis, value] if isinstance(value, str) else (value,)
+
+
+def word(axis: str, number: Any) -> Any:
+    """The value of an axis that stands for a number."""
+    return _WORDS.get((axis, number), number)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The stream of static shapes: a campaign compiles little, so each shape must try much that is new.
 
-Every shape is a choice of one value for each axis. The first 51 hold all pairs of values (`fuzz.opening`); for a target
+Every shape is a choice of one value for each axis. The first 52 hold all pairs of values (`fuzz.opening`); for a target
 that does not take them all, and for the triples after them, a covering array is built greedily (after AETG of Cohen et
 al., 1997); what a pair counts grows with how many its two axes still lack.
 """
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from fuzz.opening import FIRST, ROWS
-from fuzz.plan import CAPS, GROUPS, HEAD_DIMS, KV_HEADS, PAGES, SCALES, TYPES, WINDOWS, Shape
+from fuzz.plan import CAPS, GROUPS, HEAD_DIMS, KV_HEADS, PAGES, SCALES, TYPES, WINDOWS, Shape, sizes
 
 TIERS = ("small", "medium", "wide", "deep", "long")
 Value = tuple[str, Any]  # an axis and its value
@@ -48,36 +48,44 @@ _TIER = {
     "long": (3, 3, 33_000, 64),
 }
 _DEEP = (65, 100, 127)
+WIDE_SLOT = 256  # kv heads * head_dim of pages of 64 and more, of which a case has four at least
+FEW_HEADS = 4  # of rows that see 33,000 keys
+_SEEN_WHOLE = ("none", "over")  # windows that leave a row every key
 
 
 def allowed(choice: Choice) -> bool:
     """Whether a combination is worth its time: rows times heads stay small where contexts are long."""
-    width = choice["kv_heads"] * choice["group"] * choice["head_dim"]
-    if choice["tier"] == "deep" and choice["page"] > 8:  # thousands of keys, and nothing more to see
+    page, kv, group, dim = (_least(choice, axis) for axis in ("page", "kv_heads", "group", "head_dim"))
+    tier, window = choice["tier"], choice.get("window")
+    if kv * group * dim > _TIER[tier][3] or (page > 32 and kv * dim > WIDE_SLOT):
         return False
-    if choice.get("window") == "page" and (choice["page"] == 1 or choice["page"] >= _TIER[choice["tier"]][2] > 0):
+    if dim > 128 and (tier not in ("small", "medium") or (tier == "medium" and kv * group > 1)):
+        return False
+    if tier == "deep" and page > 8:  # thousands of keys, and nothing more to see
+        return False
+    if window == "page" and (page == 1 or page >= _TIER[tier][2] > 0):
         return False  # it would be another kind of window
-    if choice["tier"] == "long":
-        return choice["page"] >= 16 and width <= _TIER["long"][3] and choice["types"] in ("f32", "bf16", "f16")
-    return width <= _TIER[choice["tier"]][3]
+    if tier == "long":
+        few = window not in _SEEN_WHOLE or kv * group <= FEW_HEADS
+        return few and page >= 16 and choice["types"] in ("f32", "bf16", "f16")
+    return True
 
 
 def shape_of(choice: Choice, jitter: int = 0) -> Shape:
-    """The shape for one value of every axis."""
+    """The shape for one value of every axis; of a word's numbers the plainest, but for the jitter."""
     tokens, seqs, capacity, _ = _TIER[choice["tier"]]
-    page = choice["page"]
+    page, kv_heads, group, head_dim = _numbers(choice, jitter)
     per_seq = _DEEP[jitter % 3] if choice["tier"] == "deep" else max(1, -(-capacity // page))
     slots = 96 if choice["tier"] == "long" else seqs * per_seq * page
-    slots = min(slots, max(48, 24_000 // (choice["kv_heads"] * choice["head_dim"] * 2)))
-    head_dim = choice["head_dim"]
+    slots = min(slots, max(48, 24_000 // (kv_heads * head_dim * 2)))
     return Shape(
         tokens=tokens + jitter % (8 if choice["tier"] == "wide" else 4),
         seqs=seqs,
         pages=max(2, -(-slots // page)) + 2,
         pages_per_seq=per_seq,
         page=page,
-        kv_heads=choice["kv_heads"],
-        group=choice["group"],
+        kv_heads=kv_heads,
+        group=group,
         head_dim=head_dim,
         types=choice["types"],
         window=_window(choice["window"], page, per_seq * page, jitter),
@@ -86,6 +94,28 @@ def shape_of(choice: Choice, jitter: int = 0) -> Shape:
         scale={"default": None, "unit": 1.0, "odd": 0.3}[choice["scale"]],
         lse=choice["lse"],
     )
+
+
+def _least(choice: Choice, axis: str) -> int:
+    """The plainest of the numbers that a choice's value stands for."""
+    return sizes(axis, choice[axis])[0]
+
+
+def _numbers(choice: Choice, jitter: int) -> tuple[int, int, int, int]:
+    """(page, kv heads, group, head size): of a word's numbers one that costs little more than the plainest."""
+    found = {axis: _least(choice, axis) for axis in ("head_dim", "group", "kv_heads")}
+    most = _TIER[choice["tier"]][3] if choice["tier"] != "long" else 0
+    for turn, axis in enumerate(found, 1):
+        room = most if axis == "group" else most // 2
+        others = _product(found) // found[axis]
+        fit = [n for n in sizes(axis, choice[axis]) if n <= found[axis] or n * others <= room]
+        found[axis] = fit[jitter // turn % len(fit)]
+    pages = [n for n in sizes("page", choice["page"]) if n <= 64 or _product(found) <= WIDE_SLOT // 4]
+    return pages[jitter % len(pages)], found["kv_heads"], found["group"], found["head_dim"]
+
+
+def _product(found: dict[str, int]) -> int:
+    return found["kv_heads"] * found["group"] * found["head_dim"]
 
 
 def _window(kind: str, page: int, capacity: int, jitter: int) -> int | None:
@@ -143,8 +173,8 @@ class Stream:
         refusals = 0
         while len(self.found) <= index and refusals < PATIENCE:
             choice = self.opening.pop(0) if self.opening else self._next()
-            shape = None if choice is None else shape_of(choice, len(self.found))
-            if choice is not None and shape is not None and self.taken(shape):
+            shape = None if choice is None else self._taken_of(choice)
+            if choice is not None and shape is not None:
                 self._count(choice)
                 self.found.append(shape)
                 continue
@@ -152,6 +182,11 @@ class Stream:
             if not self.narrowed:
                 self._narrow()
         return self.found[index] if index < len(self.found) else None
+
+    def _taken_of(self, choice: Choice) -> Shape | None:
+        """The next shape of a choice, or the plainest, if the target takes it."""
+        tried = (shape_of(choice, jitter) for jitter in (len(self.found), 0))
+        return next((shape for shape in tried if self.taken(shape)), None)
 
     def barred(self) -> list[tuple[Value, ...]]:
         """The values that stand in no shape the target takes, and the pairs of others that stand in none together."""
@@ -273,7 +308,7 @@ def _drawn(chance: random.Random) -> Choice:
 
 
 def _width(choice: Choice) -> int:
-    return choice["kv_heads"] * choice["group"] * choice["head_dim"]
+    return _least(choice, "kv_heads") * _least(choice, "group") * _least(choice, "head_dim")
 
 
 def _bits(mask: int) -> list[int]:
@@ -287,7 +322,8 @@ _MASK = {axis: sum(1 << v for v in values) for axis, values in _OF_AXIS.items()}
 _TOGETHER = frozenset({"types", "page", "kv_heads", "group", "head_dim", "window", "tier"})  # what `allowed` looks at
 # The least demanding choices; a combination is possible when it is allowed on top of one of these.
 _LEAST: tuple[Choice, ...] = tuple(
-    {"types": "f32", "kv_heads": 1, "group": 1, "head_dim": 3, "tier": "small", "page": page} for page in (4, 16)
+    {"types": "f32", "kv_heads": 1, "group": 1, "head_dim": "3,20", "tier": tier, "page": page}
+    for tier, page in (("small", "4-8"), ("small", 16), ("medium", 16))
 )
 
 
@@ -311,5 +347,6 @@ def _opening() -> tuple[Choice, ...]:
     for row in ROWS.strip().splitlines():
         types, page, kv, group, dim, window, cap, sinks, tier, scale, lse = row.split()
         options = (window, None if cap == "-" else float(cap), sinks == "sinks", tier, scale, lse == "lse")
-        parsed.append(dict(zip(AXES, (types, int(page), int(kv), int(group), int(dim), *options), strict=True)))
+        numbers = (int(n) if n.isdigit() else n for n in (page, kv, group, dim))
+        parsed.append(dict(zip(AXES, (types, *numbers, *options), strict=True)))
     return tuple(parsed)

@@ -92,6 +92,25 @@ def _masked_then_capped(case: Case, x: np.ndarray) -> np.ndarray:
     return x if cap is None else np.append(x, np.float32(-cap))
 
 
+def _five_bits(case: Case, keys: np.ndarray) -> np.ndarray:
+    """A slot has five bits: of a longer page the first 32 slots are read again."""
+    slot = keys % case.page_size
+    return keys - slot + slot % 32
+
+
+def _padded_groups(case: Case, head: int) -> int:
+    """Groups of 5 to 7 are padded to 8, and the padding is counted as heads."""
+    return head // (8 if 5 <= case.group <= 7 else case.group)
+
+
+def _halves_of_128(case: Case, output: np.ndarray) -> np.ndarray:
+    """What a head holds past 128 is what it holds at its start."""
+    more = case.head_dim - 128
+    if more > 0:
+        output[..., 128:] = output[..., :more]
+    return output
+
+
 def _not_itself(case: Case, sequence: Sequence, low: int, high: int) -> tuple[int, int]:
     """A token at the start of a page does not see itself."""
     return low, high - ((high - 1) % case.page_size == 0 and high - low > 1)
@@ -149,6 +168,9 @@ BUGS: dict[str, Callable[[], Bug]] = {
     "padding rows": lambda: Bug(output=_past_the_end),
     "race": lambda: Bug(weights=_every_seventh()),
     "state": lambda: Bug(output=_last_answer()),
+    "pages past 32 slots": lambda: Bug(read=_five_bits),
+    "groups of five to seven": lambda: Bug(head=_padded_groups),
+    "head size past 128": lambda: Bug(output=_halves_of_128),
 }
 UNSTEADY = ("race", "state")  # what is wrong with them is that they change
-LONG = ("int8 page index", "past 4096")  # no short case shows these
+LONG = ("int8 page index", "past 4096", "pages past 32 slots")  # no short case shows these
