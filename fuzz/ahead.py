@@ -13,39 +13,41 @@ from collections.abc import Callable, Iterable
 
 from fuzz.plan import Shape
 
+Wanted = tuple[Shape, bool]  # the shape's own program, or what its relations need beside
+
 
 class Ahead:
-    """Calls `warm` with each shape that is wanted, once, begun in order, in a thread of its own and in those that wait.
+    """Calls `warm` for each program that is wanted, once, begun in order, in its own thread and in those that wait.
 
     The one that a thread waits for comes before all others, if nobody has begun it.
     """
 
-    def __init__(self, warm: Callable[[Shape], object]):
+    def __init__(self, warm: Callable[[Wanted], object]):
         self.warm = warm
-        self.ready: dict[Shape, threading.Event] = {}
-        self.waiting: dict[Shape, None] = {}  # wanted and not begun, in order
+        self.ready: dict[Wanted, threading.Event] = {}
+        self.waiting: dict[Wanted, None] = {}  # wanted and not begun, in order
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.stopping = False
 
-    def want(self, shapes: Iterable[Shape]) -> None:
+    def want(self, those: Iterable[Wanted]) -> None:
         """Have these compiled after those that were wanted before."""
         with self.changed:
-            for shape in shapes:
-                if shape not in self.ready:
-                    self.ready[shape] = threading.Event()
-                    self.waiting[shape] = None
+            for one in those:
+                if one not in self.ready:
+                    self.ready[one] = threading.Event()
+                    self.waiting[one] = None
             self.changed.notify()
         if not self.thread.is_alive() and self.ready:
             self.thread.start()
 
-    def wait(self, shape: Shape) -> None:
-        """Until a shape that was wanted is ready, compiling meanwhile; at once for any other."""
-        if shape not in self.ready:
+    def wait(self, one: Wanted) -> None:
+        """Until one that was wanted is ready, compiling meanwhile; at once for any other."""
+        if one not in self.ready:
             return
-        while not self.ready[shape].is_set():
-            if (mine := self._take(shape)) is None:
-                self.ready[shape].wait()
+        while not self.ready[one].is_set():
+            if (mine := self._take(one)) is None:
+                self.ready[one].wait()
             else:
                 self._compile(mine)
 
@@ -57,20 +59,20 @@ class Ahead:
         if self.thread.is_alive():
             self.thread.join()
 
-    def _take(self, first: Shape | None = None) -> Shape | None:
-        """The shape to begin now, or None where all are begun."""
+    def _take(self, first: Wanted | None = None) -> Wanted | None:
+        """The one to begin now, or None where all are begun."""
         with self.changed:
             chosen = first if first in self.waiting else next(iter(self.waiting), None)
             if chosen is not None:
                 del self.waiting[chosen]
             return chosen
 
-    def _compile(self, shape: Shape) -> None:
+    def _compile(self, one: Wanted) -> None:
         try:
             with contextlib.suppress(Exception):  # the case itself will show it
-                self.warm(shape)
+                self.warm(one)
         finally:
-            self.ready[shape].set()
+            self.ready[one].set()
 
     def _run(self) -> None:
         while True:
@@ -78,5 +80,5 @@ class Ahead:
                 self.changed.wait_for(lambda: self.waiting or self.stopping)
                 if self.stopping:
                     return
-            if (shape := self._take()) is not None:
-                self._compile(shape)
+            if (one := self._take()) is not None:
+                self._compile(one)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from fuzz.plan import Plan
+from fuzz.plan import Plan, Shape
 from fuzz.targets import Target, Unsupported
 from oracle import Case
 from oracle.relations import RELATIONS, Expectation, Relation
@@ -49,6 +49,14 @@ def pick(plan: Plan, case: Case) -> tuple[Relation, Expectation] | None:
         if expectation is not None and (fitting := _same_shape(expectation, case)) is not None:
             return relation, fitting
     return None
+
+
+def recompiled(shape: Shape, case: Case) -> list[Case]:
+    """What a case becomes under the relations that need another program, if its shape is asked for them."""
+    if shape.tokens != RECOMPILED_ROWS:
+        return []
+    found = (relation.apply(case, 0) for relation in RELATIONS if relation.name in _RECOMPILE)
+    return [expectation.case for expectation in found if expectation is not None]
 
 
 def _same_shape(expectation: Expectation, case: Case) -> Expectation | None:

@@ -19,12 +19,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import target as maximise
 
-from fuzz.ahead import Ahead
+from fuzz.ahead import Ahead, Wanted
 from fuzz.build import build
 from fuzz.corpus import read_lines
 from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.programs import kept
+from fuzz.related import recompiled
 from fuzz.shrink import same_symptom, shrink
 from fuzz.strategies import LITTER, first_plans, litters
 from fuzz.stream import Stream
@@ -78,7 +79,14 @@ class State:
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.seed, self.takes)
-        self.ahead = Ahead(lambda shape: self.target.asking(shape.lse).run(build(Plan(shape, ((1, 1),)))))
+        self.ahead = Ahead(self._compile)
+
+    def _compile(self, wanted: Wanted) -> None:
+        """Have a shape's program compiled, or those of the relations that need others."""
+        shape, related = wanted
+        case, target = build(Plan(shape, ((1, 1),))), self.target.asking(shape.lse)
+        for other in recompiled(shape, case) if related else [case]:
+            target.run(other)
 
     def offered(self, shape: Shape) -> Shape:
         """A shape of the stream as this target is given it."""
@@ -126,7 +134,7 @@ def open_shapes(state: State, judged: int) -> tuple[Shape, ...]:
     pool = pool[mine::workers] or pool  # a target of very few shapes: every worker has them all
     if ahead:
         _listen(state)
-        state.ahead.want(pool)
+        state.ahead.want((shape, related) for related in (False, True) for shape in pool)
     return tuple(pool[:each])
 
 
@@ -211,7 +219,7 @@ def _fresh(state: State, pool: tuple[Shape, ...], chunk: Chunk) -> list[Plan]:
 def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
     """Judge one plan, telling the parent before and after; see to a failure."""
     state.judged.add(plan)
-    state.ahead.wait(plan.shape)
+    state.ahead.wait((plan.shape, False))
     pipe.send(("begin", plan))
     began = time.monotonic()
     _listen(state)
