@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from fuzz.build import build
 from fuzz.plan import Plan, Shape
 from fuzz.targets import Target, Unsupported
 from oracle import Case
@@ -51,10 +52,14 @@ def pick(plan: Plan, case: Case) -> tuple[Relation, Expectation] | None:
     return None
 
 
-def recompiled(shape: Shape, case: Case) -> list[Case]:
-    """What a case becomes under the relations that need another program, if its shape is asked for them."""
+def recompiled(shape: Shape) -> list[Case]:
+    """What cases become under the relations that need another program, if their shape is asked for them.
+
+    Without the window that all contexts of a case fit in, which is rare.
+    """
     if shape.tokens != RECOMPILED_ROWS:
         return []
+    case = build(Plan(shape, ((1, shape.capacity),)))
     found = (relation.apply(case, 0) for relation in RELATIONS if relation.name in _RECOMPILE)
     return [expectation.case for expectation in found if expectation is not None]
 

@@ -84,9 +84,8 @@ class State:
     def _compile(self, wanted: Wanted) -> None:
         """Have a shape's program compiled, or those of the relations that need others."""
         shape, related = wanted
-        case, target = build(Plan(shape, ((1, 1),))), self.target.asking(shape.lse)
-        for other in recompiled(shape, case) if related else [case]:
-            target.run(other)
+        for case in recompiled(shape) if related else [build(Plan(shape, ((1, 1),)))]:
+            self.target.asking(shape.lse).run(case)
 
     def offered(self, shape: Shape) -> Shape:
         """A shape of the stream as this target is given it."""

@@ -21,7 +21,7 @@ from fuzz.ahead import Ahead
 from fuzz.build import build, layout_of, refill
 from fuzz.coverage import STATIC, Coverage, features, pairs, possible, static_features, valid_pairs
 from fuzz.plan import SIZES, SMALLEST, Plan, Shape
-from fuzz.related import RECOMPILED_ROWS
+from fuzz.related import RECOMPILED_ROWS, pick, recompiled
 from fuzz.strategies import (
     CHECKS,
     FAR,
@@ -35,6 +35,7 @@ from fuzz.strategies import (
     styled,
 )
 from fuzz.stream import Stream, first_shapes
+from fuzz.targets import signature_of
 from fuzz.worker import AHEAD, FRESH, wanted_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -247,6 +248,20 @@ def test_who_waits_compiles_what_it_waits_for_and_then_what_comes_next() -> None
     me = threading.current_thread()
     assert compiled == [(POOL[0], ahead.thread), (POOL[2], me), (POOL[1], me), (POOL[3], me)]
     ahead.end()
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 4}, {"sinks": True}], ids=str)
+def test_relations_run_the_programs_that_are_compiled_ahead(changes) -> None:
+    shape = dataclasses.replace(POOL[0], tokens=RECOMPILED_ROWS, window=None, sinks=False)
+    shape = dataclasses.replace(shape, **changes)
+    asked = set()
+    for seed in range(100):
+        plan = expand(shape, "normal", MODES[seed % len(MODES)], "relation", seed % 8, seed)
+        case = build(plan)
+        if picked := pick(plan, case):
+            asked |= {signature_of(case), signature_of(picked[1].case)}
+    assert asked == {signature_of(build(Plan(shape, ((1, 1),)))), *map(signature_of, recompiled(shape))}
+    assert recompiled(dataclasses.replace(shape, tokens=RECOMPILED_ROWS - 1)) == []
 
 
 def test_coverage_counts_a_pair_once_and_only_if_it_can_exist() -> None:
