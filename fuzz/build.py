@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import ml_dtypes
@@ -43,9 +46,12 @@ def build(plan: Plan, fill: str = "nan") -> Case:
     queries = _queries(plan)
     keys, values = _keys_values(plan, layout, queries)
     k_scale, v_scale = _scales(plan, keys, values)
-    pages = np.empty((shape.pages, shape.page, 2 * shape.kv_heads, shape.head_dim), kv_dtype)
-    pages[:, :, 0::2] = _store(keys, k_scale, kv_dtype)
-    pages[:, :, 1::2] = _store(values, v_scale, kv_dtype)
+    seen = np.flatnonzero(layout.seen)  # what no row sees is poisoned, whatever it was
+    slots = np.empty((len(seen), 2 * shape.kv_heads, shape.head_dim), kv_dtype)
+    slots[:, 0::2] = _store(keys, seen, k_scale, kv_dtype)
+    slots[:, 1::2] = _store(values, seen, v_scale, kv_dtype)
+    pages = np.empty((shape.pages, shape.page, *slots.shape[1:]), kv_dtype)
+    pages.reshape(-1, *slots.shape[1:])[seen] = slots
     queries = queries.astype(q_dtype)
     _poison(plan, layout, queries, pages, fill)
     return Case(
@@ -64,10 +70,14 @@ def refill(plan: Plan, case: Case, fill: str) -> Case:
 
 def _poison(plan: Plan, layout: Layout, queries: np.ndarray, pages: np.ndarray, fill: str) -> None:
     """Overwrite in place every slot that no row sees and every query row that nobody owns."""
-    pages[~layout.seen] = _filling(pages.dtype, fill, plan.shape.head_dim)
-    queries[int(layout.starts[len(plan.lengths)]) :] = _filling(queries.dtype, fill, plan.shape.head_dim)
+    owned = int(layout.starts[len(plan.lengths)])
+    for array, unseen in ((pages, ~layout.seen), (queries, slice(owned, None))):
+        filling = _filling(array.dtype, fill, plan.shape.head_dim)
+        bits = f"u{array.itemsize}"  # NumPy copies narrow floats one by one
+        array.view(bits)[unseen] = filling.view(bits)
 
 
+@lru_cache(maxsize=64)
 def _filling(dtype: np.dtype, fill: str, head_dim: int) -> np.ndarray:
     """[1] or [D]: NaN where the dtype has one and it is asked for, else huge values of both signs."""
     if fill == "tame":
@@ -89,10 +99,10 @@ def _dtype(name: str) -> np.dtype:
 def layout_of(plan: Plan) -> Layout:
     """Metadata with garbage in everything dead, and the slots that rows see."""
     shape, live = plan.shape, len(plan.lengths)
-    chance = np.random.default_rng(plan.seed)
+    chance = cache(lambda: np.random.default_rng(plan.seed))  # made where it is used: it costs as much as a sequence
     starts = np.full(shape.seqs + 1, FAR, np.int32)
     starts[0] = 0
-    starts[1 : live + 1] = np.cumsum([q for q, _ in plan.lengths], dtype=np.int64)
+    starts[1 : live + 1] = list(accumulate(q for q, _ in plan.lengths))
     starts[live + 2 :: 2] = -1
     contexts = np.full(shape.seqs, NO_PAGE, np.int32)
     contexts[live::2] = FAR
@@ -105,41 +115,55 @@ def layout_of(plan: Plan) -> Layout:
         low = max(0, max(0, context - rows) - (shape.window or context + 1) + 1)
         if rows == 0 or low >= context:
             continue
-        columns = np.arange(low // shape.page, -(-context // shape.page))
-        tables[s, columns] = pages.take(columns)
-        keys = np.arange(low, context)
-        seen[tables[s, keys // shape.page], keys % shape.page] = True
+        first, stop = low // shape.page, -(-context // shape.page)
+        taken = pages.take(first, stop)
+        tables[s, first:stop] = taken
+        _mark(seen, taken, low, context)
         spans.append((s, low, context))
     return Layout(starts, contexts, tables, seen, tuple(spans))
 
 
-def _holes(plan: Plan, chance: np.random.Generator) -> np.ndarray:
+def _mark(seen: np.ndarray, pages: np.ndarray, low: int, high: int) -> None:
+    """Mark the slots of the keys low .. high - 1; the first of these pages holds key `low`, the last `high - 1`."""
+    size = seen.shape[1]
+    begin, end = low % size, (high - 1) % size + 1
+    if len(pages) == 1:
+        seen[pages[0], begin:end] = True
+        return
+    seen[pages[0], begin:] = True
+    seen[pages[1:-1]] = True
+    seen[pages[-1], :end] = True
+
+
+def _holes(plan: Plan, chance: Callable[[], np.random.Generator]) -> np.ndarray:
     """A table of dead entries only."""
     size = (plan.shape.seqs, plan.shape.pages_per_seq)
     if plan.holes == "alias":  # legal page ids, of pages that may be live for another sequence
-        return chance.integers(0, plan.shape.pages, size, dtype=np.int32)
+        return chance().integers(0, plan.shape.pages, size, dtype=np.int32)
     return np.full(size, NO_PAGE if plan.holes == "minus_one" else FAR, np.int32)
 
 
 class _Pages:
     """Hands out physical pages; guards lie around them, and a full pool is shared."""
 
-    def __init__(self, plan: Plan, chance: np.random.Generator):
+    def __init__(self, plan: Plan, chance: Callable[[], np.random.Generator]):
         self.kind = plan.tables
         inner = np.arange(plan.shape.pages, dtype=np.int32)
         inner = inner[1:-1] if len(inner) > 2 else inner  # the first and last page stay guards
         if plan.tables in ("shuffled", "shared"):
-            chance.shuffle(inner)
+            chance().shuffle(inner)
         self.order = inner[::-1] if plan.tables == "reversed" else inner
         self.next = 0
 
-    def take(self, columns: np.ndarray) -> np.ndarray:
+    def take(self, first: int, stop: int) -> np.ndarray:
+        """The pages of a sequence's columns first .. stop - 1."""
         if self.kind == "shared":  # the same prefix for all
-            return self.order[columns % len(self.order)]
+            return self.order[np.arange(first, stop) % len(self.order)]
+        count = stop - first
         if self.kind == "repeated":  # each page twice in a row
-            columns = np.arange(len(columns)) // 2
+            columns = np.arange(count) // 2
         else:
-            columns = np.arange(len(columns))
+            columns = np.arange(count)
         taken = self.order[(self.next + columns) % len(self.order)]
         self.next += int(columns[-1]) + 1
         return taken
@@ -156,7 +180,7 @@ def _normals() -> np.ndarray:
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     offset = (seed * 2_654_435_761) % _POOL
     if size > _POOL:
         return np.random.default_rng(seed).standard_normal(shape, np.float32)
@@ -188,7 +212,6 @@ def _keys_values(plan: Plan, layout: Layout, queries: np.ndarray) -> tuple[np.nd
     if plan.data == "offset":
         values = values + np.float32(50)
     if plan.data == "ladder":
-        values = values.copy()
         _ladder(plan, layout, queries, keys, scale)
     if plan.data == "spikes":
         values = values.copy()
@@ -291,7 +314,9 @@ def _scales(plan: Plan, keys: np.ndarray, values: np.ndarray) -> tuple[Any, Any]
     return (k_reach / top * heads).astype(np.float32), (v_reach / top * heads).astype(np.float32)
 
 
-def _store(numbers: np.ndarray, scale: Any, dtype: np.dtype) -> np.ndarray:
+def _store(numbers: np.ndarray, seen: np.ndarray, scale: Any, dtype: np.dtype) -> np.ndarray:
+    """[n, Hkv, D]: the slots that are seen, as they stand in the pages."""
+    numbers = numbers.reshape(-1, *numbers.shape[2:]).take(seen, axis=0)
     if scale is None:
         return numbers.astype(dtype)
     stored = numbers / scale[:, None]

@@ -101,7 +101,8 @@ class Case:
         put("context_lens", _integers("context_lens", self.context_lens, 1))
         put("block_tables", _integers("block_tables", self.block_tables, 2))
         put("query_start_loc", _integers("query_start_loc", self.query_start_loc, 1))
-        put("num_seqs", int(np.asarray(self.num_seqs).reshape(())))
+        if type(self.num_seqs) is not int:
+            put("num_seqs", int(np.asarray(self.num_seqs).reshape(())))
         if self.softmax_aux is not None:
             put("softmax_aux", _frozen(np.asarray(self.softmax_aux).astype(np.float32)))
         for name in ("k_scale", "v_scale"):
@@ -338,7 +339,7 @@ _named = functools.lru_cache(maxsize=64)(lambda dtype: dtype.name)  # NumPy make
 
 def _frozen(array: np.ndarray) -> np.ndarray:
     array = array.view()  # a view, so that the caller's own array stays writable
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array
 
 
@@ -366,7 +367,7 @@ def _integers(name: str, value, rank: int) -> np.ndarray:
 
 def _scale(name: str, value, num_kv_heads: int) -> float | np.ndarray:
     array = np.asarray(value).astype(np.float32)  # kernels hold it in f32, so the case does
-    if array.shape not in ((), (1,), (num_kv_heads,)) or not np.all(np.isfinite(array)):
+    if array.shape not in ((), (1,), (num_kv_heads,)) or not np.isfinite(array).all():
         raise ValueError(f"{name} = {value}; it must be finite, a scalar or of shape [{num_kv_heads}]")
     return _frozen(array) if array.shape == (num_kv_heads,) and array.ndim else float(array.reshape(()))
 
@@ -387,7 +388,7 @@ def _check(case: Case) -> None:
         )
     if case.softmax_aux is not None and case.softmax_aux.shape != (case.num_q_heads,):
         raise ValueError(f"softmax_aux has shape {case.softmax_aux.shape}; it must be [{case.num_q_heads}]")
-    if case.softmax_aux is not None and not np.all(case.softmax_aux < np.inf):
+    if case.softmax_aux is not None and not (case.softmax_aux < np.inf).all():
         raise ValueError(f"softmax_aux = {case.softmax_aux}; a sink must be finite, or -inf for none")
     if not math.isfinite(case.scale):
         raise ValueError(f"softmax_scale = {case.softmax_scale} must be finite")
