@@ -95,7 +95,7 @@ def _dtype(name: str) -> np.dtype:
 # ---------------------------------------------------------------- layout
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)  # several cases are held at once
 def layout_of(plan: Plan) -> Layout:
     """Metadata with garbage in everything dead, and the slots that rows see."""
     shape, live = plan.shape, len(plan.lengths)
