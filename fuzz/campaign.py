@@ -28,7 +28,7 @@ from fuzz.plan import Plan
 from fuzz.tally import Tally, read_record
 from fuzz.worker import Chunk, serve
 
-FIRST_CHUNK, CHUNK = 150, 300
+FIRST_CHUNK, CHUNK = 150, 1200
 GRACE = 60.0  # seconds past the budget for a failure that is being shrunk
 STARTS = 3  # a worker that dies this often before its first case is no worker
 EXIT = {"pass": 0, "fail": 1, "nothing": 3, "infrastructure": 4, "interrupted": 4}
@@ -216,8 +216,9 @@ class Campaign:
             return
         workers = self.settings.workers
         cases = min(self._left(), FIRST_CHUNK if self.tally.next_chunk < workers else CHUNK)
-        if self.tally.next_chunk < workers and self.settings.max_examples is not None:
-            cases = min(cases, -(-self.settings.max_examples // workers))
+        if self.settings.max_examples is not None:  # so that all workers have something to do until the end
+            share = min(FIRST_CHUNK, -(-self.settings.max_examples // workers))
+            cases = min(cases, max(share, -(-self._left() // workers)))
         if cases <= 0:
             self.children[worker].send(None)
             self.children.pop(worker).end(gently=5.0)

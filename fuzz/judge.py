@@ -1,9 +1,13 @@
-"""The judgement of one plan: the computed bound first, then whatever needs no bound at all."""
+"""The judgement of a plan: the computed bound first, then whatever needs no bound at all.
+
+Plans of one shape may share a walk of the oracle, for a small case costs NumPy's call overhead and little else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,14 +16,15 @@ from fuzz.build import build, refill
 from fuzz.errors import origin
 from fuzz.plan import Plan
 from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend
-from oracle import Case
-from oracle.bound import Analysis, analyse
+from oracle import Case, Claim
+from oracle.bound import Analysis, analyse, analyse_all
 from oracle.verdict import Verdict, compare
 
 Answer = tuple[np.ndarray, np.ndarray | None]  # output, lse
 
 REPEATS = 20
 ASKED_AGAIN = 4  # calls of a case that is answered wrongly
+TOGETHER = 16  # cases that are held and analysed at once
 # Data whose roundings are independent enough for the probabilistic bound.
 RANDOM_DATA = ("normal", "peaky")
 
@@ -43,16 +48,55 @@ class Judgement:
         return self.status in ("fail", "suspect")
 
 
+@dataclass
+class Bench:
+    """Cases of one shape, in the order they are judged, that are analysed together.
+
+    The analysis waits for the first answer and for what the target claims of that case: nothing of a target runs
+    before its case does. Where it claims something else of a later case, that one is analysed alone.
+    """
+
+    cases: list[Case]
+    random: list[bool]  # whose roundings the probabilistic bound may take as independent
+    claim: Claim | None = None  # for which the analyses are
+    found: dict[int, Analysis] = field(default_factory=dict)  # of cases that are still to be judged
+
+    def analysis(self, number: int, claim: Claim) -> Analysis:
+        """The analysis of one case, asked for once."""
+        random = self.random[number]
+        if claim != (self.claim or claim):
+            return analyse(self.cases[number], claim, soft=random)
+        self.claim = claim
+        if number not in self.found:
+            alike = [i for i in range(number, len(self.cases)) if self.random[i] == random]
+            together = analyse_all([self.cases[i] for i in alike], claim, soft=random)
+            self.found.update(zip(alike, together, strict=True))
+        return self.found.pop(number)
+
+
 def judge_plan(plan: Plan, target: Target) -> Judgement:
     """Build the plan's case, run the target, and judge the answer by every judge the plan asks for."""
-    asked = target.asking(plan.shape.lse)
-    return judge_case(build(plan, "tame" if target.finite_slots else "nan"), asked, plan)
+    return next(judge_plans([plan], target))
+
+
+def judge_plans(plans: Sequence[Plan], target: Target) -> Iterator[Judgement]:
+    """`judge_plan` of plans of one shape in turn, each when it is asked for."""
+    asked, fill = target.asking(plans[0].shape.lse), "tame" if target.finite_slots else "nan"
+    for first in range(0, len(plans), TOGETHER):
+        some = plans[first : first + TOGETHER]
+        bench = Bench([build(plan, fill) for plan in some], [plan.data in RANDOM_DATA for plan in some])
+        for number, plan in enumerate(some):
+            yield _judged(bench, number, asked, plan)
 
 
 def judge_case(case: Case, target: Target, plan: Plan | None = None) -> Judgement:
     """Judge a case; without a plan by the bound and by repetition only."""
+    return _judged(Bench([case], [plan is not None and plan.data in RANDOM_DATA]), 0, target, plan)
+
+
+def _judged(bench: Bench, number: int, target: Target, plan: Plan | None) -> Judgement:
     try:
-        return _judge(case, target, plan)
+        return _judge(bench, number, target, plan)
     except Unsupported as refusal:
         return Judgement("skipped", "unsupported", str(refusal))
     except WrongBackend as error:
@@ -61,15 +105,15 @@ def judge_case(case: Case, target: Target, plan: Plan | None = None) -> Judgemen
         return Judgement("fail", "input", str(error), ratio=np.inf)
 
 
-def _judge(case: Case, target: Target, plan: Plan | None) -> Judgement:
+def _judge(bench: Bench, number: int, target: Target, plan: Plan | None) -> Judgement:
+    case, random = bench.cases[number], bench.random[number]
     try:
         output, lse = target.run(case)
     except (Unsupported, WrongBackend, InputChanged):
         raise
     except (Exception, SystemExit) as error:  # whatever a foreign kernel raises on a legal call is its failure
         return Judgement("fail", "error", origin(error), ratio=np.inf)
-    random = plan is not None and plan.data in RANDOM_DATA
-    analysis = analyse(case, target.claim(case), soft=random)
+    analysis = bench.analysis(number, target.claim(case))
     verdict = compare(case, analysis, output, lse, structured=not random)
     if verdict.status in ("fail", "suspect"):
         # A race, or state that an earlier call left: which number is wrong says nothing then, that it changes does.

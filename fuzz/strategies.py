@@ -1,6 +1,6 @@
 """Hypothesis strategies for plans: the static shape first, from a bounded pool, then the raggedness inside it.
 
-Hypothesis draws three numbers for every sixteen plans, because a drawn example costs as much as half of a judged
+Hypothesis draws three numbers for every sixty-four plans, because a drawn example costs as much as half of a judged
 case; the third number seeds the small choices. A drawn plan spells everything out, and the shrinker of `fuzz.shrink`
 works on the plan, so nothing that is derived here is out of its reach.
 
@@ -28,7 +28,7 @@ CROWDS = 8
 FAR = 2**15  # contexts as long as this are what some shapes are for
 # One case of so many of such a shape holds one: milliseconds a head where its row sees every key, little in a window.
 FAR_WHOLE, FAR_WINDOWED = 8, 2
-LITTER = 16
+LITTER, MATES = 64, 4  # plans of one draw, and how many of them are of one shape
 STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
 
@@ -43,12 +43,16 @@ def plans(draw: st.DrawFn, pool: Sequence[Shape]) -> Plan:
 
 @st.composite
 def litters(draw: st.DrawFn, pool: Sequence[Shape]) -> tuple[Plan, ...]:
-    """`LITTER` plans of one draw, of different shapes and styles, each shape one of `pool`."""
+    """`LITTER` plans of one draw, of different styles: `MATES` of each of a few shapes of `pool`, in turn.
+
+    What is of one shape is analysed together. In turn, for a bug is found by the shape as often as by the style.
+    """
     a, b, c, d, e, f, g, h = (draw(_DIGIT) for _ in range(8))
     first, style, seed = 100 * a + b, 10_000 * c + 100 * d + e, 10_000 * f + 100 * g + h
-    step = max(1, len(pool) // LITTER)
+    shapes = LITTER // MATES
+    step = max(1, len(pool) // shapes)
     return tuple(
-        styled(pool[(first + step * i) % len(pool)], (style + i) % STYLES, (seed + 40_503 * i) % 2**20)
+        styled(pool[(first + step * (i % shapes)) % len(pool)], (style + i) % STYLES, (seed + 40_503 * i) % 2**20)
         for i in range(LITTER)
     )
 

@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +23,7 @@ from hypothesis import target as maximise
 from fuzz.ahead import Ahead, Wanted
 from fuzz.build import build
 from fuzz.corpus import read_lines
-from fuzz.judge import Judgement, judge_plan, judge_rejections
+from fuzz.judge import Judgement, judge_plan, judge_plans, judge_rejections
 from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.programs import kept
 from fuzz.related import recompiled
@@ -167,21 +168,27 @@ def why_not(shape: Shape, target: Target) -> str | None:
 def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
     for plan in chunk.unshrunk:
         _reduce(pipe, state, plan, judge_plan(plan, state.target))
-    for plan in chunk.plans:
-        _one(pipe, state, plan)
+    _judge(pipe, state, chunk.plans)
     if chunk.plans or chunk.unshrunk:
         return
     if not open_shapes(state, chunk.judged_before):
         pipe.send(("barren",))
         return
-    left = chunk.cases
-    # The first few cases of all show whether the target compiles: if not, more shapes are opened at once.
-    for before in (chunk.judged_before,) if chunk.judged_before else (0, FIRST_SHAPES * FRESH):
-        pool = open_shapes(state, before)
-        fresh = _fresh(state, pool, chunk)[:left]
-        for plan in fresh:
-            _one(pipe, state, plan)
-        left -= len(fresh)
+    left, pool, chance = chunk.cases, [], random.Random(chunk_seed(state.seed, chunk.number))
+
+    def some(plans: Iterable[Plan]) -> list[float]:
+        nonlocal left
+        new = [plan for plan in dict.fromkeys(plans) if plan not in state.judged][:left]
+        left -= len(new)
+        return _judge(pipe, state, new)
+
+    def widen() -> None:
+        """Open the shapes that are due by now, and judge their first plans."""
+        pool[:] = open_shapes(state, chunk.judged_before + (chunk.cases - left) * state.share[1])
+        some(_fresh(state, pool, chance))
+
+    widen()
+    widen()  # the first few cases of all show whether the target compiles: if not, more shapes are opened at once
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(
@@ -193,42 +200,48 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
     )
     @given(litters(pool))
     def judged(litter: tuple[Plan, ...]) -> None:
-        nonlocal left
-        worst = 0.0
-        for plan in litter:
-            if left == 0 or plan in state.judged:
-                continue
-            left -= 1
-            judgement = _one(pipe, state, plan)
-            worst = max(worst, judgement.ratio if judgement.ratio <= 1 else 0.0)
+        worst = max((ratio for ratio in some(litter) if ratio <= 1), default=0.0)
+        if left:
+            widen()
         if worst > 0:
             maximise(worst, label="error / bound")
 
     judged()
 
 
-def _fresh(state: State, pool: tuple[Shape, ...], chunk: Chunk) -> list[Plan]:
+def _fresh(state: State, pool: Sequence[Shape], chance: random.Random) -> list[Plan]:
     """Plans of the shapes that were never tried, which alone can hold a pair of static features that is new."""
-    chance = random.Random(chunk_seed(state.seed, chunk.number))
     new = [shape for shape in pool if shape not in state.tried]
-    state.tried.update(new)
     return [plan for shape in new for plan in first_plans(shape, chance, FRESH)]
 
 
-def _one(pipe: Connection, state: State, plan: Plan) -> Judgement:
-    """Judge one plan, telling the parent before and after; see to a failure."""
+def _judge(pipe: Connection, state: State, plans: Sequence[Plan]) -> list[float]:
+    """Judge plans in turn, telling the parent before and after each; see to failures. Their worst ratios.
+
+    Those of one shape share their analysis, which is made when the first of them has its answer.
+    """
+    mates: dict[Shape, list[Plan]] = {}
+    for plan in plans:
+        mates.setdefault(plan.shape, []).append(plan)
+    judgements = {shape: judge_plans(alike, state.target) for shape, alike in mates.items()}
+    return [_one(pipe, state, plan, judgements[plan.shape]) for plan in plans]
+
+
+def _one(pipe: Connection, state: State, plan: Plan, judgements: Iterator[Judgement]) -> float:
+    """Judge one plan, whose judgement is the next, and see to a failure."""
     state.judged.add(plan)
+    state.tried.add(plan.shape)
     state.ahead.wait((plan.shape, False))
     pipe.send(("begin", plan))
     began = time.monotonic()
     _listen(state)
-    judgement = judge_plan(plan, state.target)
+    judgement = next(judgements)
     report = {"status": judgement.status, "kind": judgement.kind, "ratio": judgement.ratio, "text": judgement.text,
               "seconds": time.monotonic() - began, "compiled": state.compiled,
               "elements": judgement.verdict.judged if judgement.verdict else 0}  # fmt: skip
     pipe.send(("end", report))
     _reduce(pipe, state, plan, judgement)
-    return judgement
+    return judgement.ratio
 
 
 def _reduce(pipe: Connection, state: State, plan: Plan, judgement: Judgement) -> None:
