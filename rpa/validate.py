@@ -296,28 +296,41 @@ def check_metadata(inputs: Inputs, signature: Signature, everything: bool) -> No
 
 
 def plainly_right(inputs: Inputs, signature: Signature) -> bool:
-    """Whether a few reductions already show the host metadata to be valid; False asks for `check_metadata`."""
+    """Whether a quick look already shows the host metadata to be valid; False asks for `check_metadata`."""
     if not isinstance(inputs.num_seqs, np.ndarray):
         return not is_host(inputs.num_seqs)  # what is unknown on the host is the kernel's to check
     live = int(inputs.num_seqs[0])
     if not 0 < live <= signature.max_seqs:
         return False
-    context, offsets = _known(inputs.context_lens, live), _known(inputs.query_start_loc, live + 1)
+    rows = zip(inputs[2:5], (live, live, live + 1), strict=True)
+    known: list[Any] = [array[:count] if isinstance(array, np.ndarray) else None for array, count in rows]
+    context, tables, offsets = known
+    if context is not None and offsets is not None and tables is not None and tables.size <= _FEW:
+        return _each_right(context.tolist(), offsets.tolist(), tables.tolist(), signature)
     if context is not None and _some(_no_length(context, signature)):
         return False
-    if offsets is not None and not _rises(offsets, signature):
+    if offsets is not None and (offsets[0] < 0 or offsets[-1] > signature.num_tokens):
         return False
-    tables = _known(inputs.block_tables, live)
+    if offsets is not None and _some(offsets[1:] < offsets[:-1]):
+        return False
     if tables is None or not _some(wrong := _no_page(tables, signature)):
         return True
-    if context is None or offsets is None:
-        return False
-    return not _some(wrong & _read(context, offsets, signature))
+    return context is not None and offsets is not None and not _some(wrong & _read(context, offsets, signature))
 
 
-def _known(array: Any, rows: int) -> np.ndarray | None:
-    """The first rows of metadata that lie on the host."""
-    return array[:rows] if isinstance(array, np.ndarray) else None
+_FEW = 512  # entries of a table that are looked at in less time than NumPy's calls take
+
+
+def _each_right(contexts: list[int], offsets: list[int], tables: list[list[int]], signature: Signature) -> bool:
+    page, window = signature.page_size, signature.sliding_window or signature.capacity
+    for context, start, stop, row in zip(contexts, offsets[:-1], offsets[1:], tables, strict=True):
+        if not 0 <= context <= signature.capacity or stop < start:
+            return False
+        low = max(max(context - (stop - start), 0) - window + 1, 0) // page
+        read = row[low : -(-context // page)] if stop > start else []
+        if read and not 0 <= min(read) <= max(read) < signature.num_pages:
+            return False
+    return offsets[0] >= 0 and offsets[-1] <= signature.num_tokens
 
 
 def _some(mask: np.ndarray) -> bool:
@@ -326,11 +339,6 @@ def _some(mask: np.ndarray) -> bool:
 
 def _no_length(context: np.ndarray, signature: Signature) -> np.ndarray:
     return (context < 0) | (context > signature.capacity)
-
-
-def _rises(offsets: np.ndarray, signature: Signature) -> bool:
-    within = offsets[0] >= 0 and offsets[-1] <= signature.num_tokens
-    return bool(within) and not _some(offsets[1:] < offsets[:-1])
 
 
 def _no_page(tables: np.ndarray, signature: Signature) -> np.ndarray:

@@ -31,6 +31,7 @@ from rpa import (
     registry,
     select,
 )
+from rpa import validate as rules
 from rpa.chain import Call
 from rpa.device import Device
 from rpa.select import stem
@@ -472,7 +473,9 @@ def test_what_an_idle_batch_got_is_not_remembered_for_others(monkeypatch):
     assert tuner.asked == 1
 
 
-def test_a_warm_call_still_checks_host_metadata_and_options():
+@pytest.mark.parametrize("few", [512, 0])
+def test_a_warm_call_still_checks_host_metadata_and_options(few, monkeypatch):
+    monkeypatch.setattr(rules, "_FEW", few)  # few entries are looked at one by one
     call = {**small_call.arguments(), "context_lens": np.array([13, 9, 4], np.int32), "num_seqs": 3}
     call["block_tables"] = np.asarray(call["block_tables"])
     call["query_start_loc"] = np.asarray(call["query_start_loc"])
@@ -499,9 +502,11 @@ def test_a_warm_call_still_checks_host_metadata_and_options():
         ragged_page_attention_v2(**call, optimized=0)
 
 
+@pytest.mark.parametrize("few", [512, 0])
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_warm_call_takes_any_dead_table_entry_and_no_live_one(window):
+def test_a_warm_call_takes_any_dead_table_entry_and_no_live_one(window, few, monkeypatch):
     """Each entry in turn is no page id: a call that was seen before says of each what the first call says."""
+    monkeypatch.setattr(rules, "_FEW", few)
     call: dict[str, Any] = {name: np.asarray(array) for name, array in small_call.arguments().items()}
     call |= {"query_start_loc": np.array([0, 1, 1, 6], np.int32), "sliding_window": window}
     good = np.asarray(ragged_page_attention_v2(**call))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rpa import RaggedPageAttentionv2Config, ragged_page_attention_v2
+from rpa import validate as rules
+from rpa.signature import Inputs, Signature
 
 NAN, INF = float("nan"), float("inf")
 
@@ -181,3 +187,54 @@ def test_nothing_to_do():
     output, lse = ragged_page_attention_v2(**arguments(**empty), return_lse=True)
     assert not np.asarray(output).any()
     assert np.isneginf(np.asarray(lse)).all()
+
+
+@pytest.mark.parametrize("few", [512, 0])
+def test_the_quick_look_at_metadata_agrees_with_the_thorough_one(few, monkeypatch):
+    """Both against the contract's words, a row and a key at a time, on random metadata of which half is wrong."""
+    monkeypatch.setattr(rules, "_FEW", few)
+    chance, found = np.random.default_rng(0), []
+    for _ in range(1500):
+        tokens, page, pages, seqs, columns = (int(chance.integers(1, top)) for top in (12, 5, 8, 5, 6))
+        window = [None, int(chance.integers(1, page * columns + 1))][int(chance.integers(2))]
+        window = None if window == page * columns else window
+        signature = Signature(
+            tokens, 2, 8, pages, page, 1, seqs, columns, "float32", "float32", "float32", sinks=False, k_scale=False,
+            v_scale=False, return_lse=False, optimized=False, softmax_scale=1.0, logits_soft_cap=None,
+            sliding_window=window, vmem_limit_bytes=None,
+        )  # fmt: skip
+        context = chance.integers(0, page * columns + 1, seqs, np.int32)
+        offsets = np.sort(chance.integers(0, tokens + 1, seqs + 1, np.int32))
+        tables = chance.integers(0, pages, (seqs, columns), np.int32)
+        wrong = chance.random(tables.shape) < chance.choice([0, 0.2])
+        tables[wrong] = chance.choice([-1, pages, 2**31 - 1, -(2**31)], wrong.sum())
+        if chance.random() < 0.2:
+            (context if chance.random() < 0.5 else offsets)[-1] = chance.choice([-1, 2**31 - 1])
+        if chance.random() < 0.1:
+            chance.shuffle(offsets)
+        live = int(chance.integers(1, seqs + 1))
+        count = np.array([live], np.int32)
+        arrays: list[Any] = [None, None, context, tables, offsets, count]
+        inputs = Inputs(*arrays)
+        right = _legal(context[:live], offsets[: live + 1], tables, signature)
+        found.append(right)
+        assert rules.plainly_right(inputs, signature) == right
+        words = "must (hold a length|lie) in|offsets must not decrease|reads this page"
+        with nullcontext() if right else pytest.raises(ValueError, match=words):
+            rules.check_metadata(inputs, signature, False)
+    assert 300 < sum(found) < 1200
+
+
+def _legal(context: np.ndarray, offsets: np.ndarray, tables: np.ndarray, signature: Signature) -> bool:
+    starts = [0, *offsets.tolist(), signature.num_tokens]
+    if any(later < earlier for earlier, later in pairwise(starts)):
+        return False
+    if any(not 0 <= length <= signature.capacity for length in context.tolist()):
+        return False
+    pages = [
+        tables[s, key // signature.page_size]
+        for s, (start, stop) in enumerate(pairwise(offsets.tolist()))
+        for position in range(int(context[s]) - (stop - start), int(context[s]))
+        for key in range(max(0, position - (signature.sliding_window or position + 1) + 1), position + 1)
+    ]
+    return all(0 <= page < signature.num_pages for page in pages)
