@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
+from typing import TYPE_CHECKING, Any
 
 from fuzz.coverage import features, pairs, valid_pairs
 from fuzz.plan import Plan
+
+if TYPE_CHECKING:  # half a second to import, which most campaigns need not wait for
+    from hypothesis.database import ExampleDatabase
 
 
 class StoreError(RuntimeError):
@@ -30,6 +31,8 @@ def open_store(place: str | None) -> ExampleDatabase | None:
     if place is None:
         return None
     if not place.startswith(("redis://", "rediss://", "unix://")):
+        from hypothesis.database import DirectoryBasedExampleDatabase
+
         return DirectoryBasedExampleDatabase(place)
     try:
         from hypothesis.extra.redis import RedisExampleDatabase

@@ -1,11 +1,7 @@
-"""Hypothesis strategies for plans: the static shape first, from a bounded pool, then the raggedness inside it.
+"""How plans are made of a few numbers: the static shape from a bounded pool, then the raggedness inside it.
 
-Hypothesis draws three numbers for every sixty-four plans, because a drawn example costs as much as half of a judged
-case; the third number seeds the small choices. A drawn plan spells everything out, and the shrinker of `fuzz.shrink`
-works on the plan, so nothing that is derived here is out of its reach.
-
-The numbers are drawn digit by digit. Into integers of a hundred and more Hypothesis mixes constants out of whatever
-modules are imported, so that a seed would mean other plans in another process; and it draws large ones mostly near 0.
+`fuzz.draws` has Hypothesis draw the numbers; one of them seeds the small choices. A plan spells everything out, and the
+shrinker of `fuzz.shrink` works on the plan, so nothing that is derived here is out of its reach.
 """
 
 from __future__ import annotations
@@ -13,8 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-
-from hypothesis import strategies as st
 
 from fuzz.plan import AMPLITUDES, DATA, HOLES, ROUNDED, TABLES, TYPES, Plan, Shape
 
@@ -32,23 +26,11 @@ LITTER, MATES = 64, 4  # plans of one draw, and how many of them are of one shap
 STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
 
-_DIGIT = st.integers(0, 99)
-
-
-@st.composite
-def plans(draw: st.DrawFn, pool: Sequence[Shape]) -> Plan:
-    """Plans whose shape is one of `pool`."""
-    return draw(litters(pool))[0]
-
-
-@st.composite
-def litters(draw: st.DrawFn, pool: Sequence[Shape]) -> tuple[Plan, ...]:
-    """`LITTER` plans of one draw, of different styles: `MATES` of each of a few shapes of `pool`, in turn.
+def litter(pool: Sequence[Shape], first: int, style: int, seed: int) -> tuple[Plan, ...]:
+    """`LITTER` plans of different styles: `MATES` of each of a few shapes of `pool`, in turn.
 
     What is of one shape is analysed together. In turn, for a bug is found by the shape as often as by the style.
     """
-    a, b, c, d, e, f, g, h = (draw(_DIGIT) for _ in range(8))
-    first, style, seed = 100 * a + b, 10_000 * c + 100 * d + e, 10_000 * f + 100 * g + h
     shapes = LITTER // MATES
     step = max(1, len(pool) // shapes)
     return tuple(

@@ -16,10 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
-from hypothesis import target as maximise
-
 from fuzz.ahead import Ahead, Wanted
 from fuzz.build import build
 from fuzz.corpus import read_lines
@@ -28,7 +24,7 @@ from fuzz.plan import SMALLEST, Plan, Shape
 from fuzz.programs import kept
 from fuzz.related import recompiled
 from fuzz.shrink import same_symptom, shrink
-from fuzz.strategies import LITTER, first_plans, litters
+from fuzz.strategies import LITTER, first_plans
 from fuzz.stream import Stream
 from fuzz.targets import Target, load
 
@@ -189,6 +185,12 @@ def _run(pipe: Connection, state: State, chunk: Chunk) -> None:
 
     widen()
     widen()  # the first few cases of all show whether the target compiles: if not, more shapes are opened at once
+    # Half a second to import: no case waits for it, and what compiles ahead runs beside it.
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+    from hypothesis import target as maximise
+
+    from fuzz.draws import litters
 
     @seeded(chunk_seed(state.seed, chunk.number))
     @settings(

@@ -20,6 +20,7 @@ from fuzz import stream
 from fuzz.ahead import Ahead
 from fuzz.build import build, layout_of, refill
 from fuzz.coverage import STATIC, Coverage, features, pairs, possible, static_features, valid_pairs
+from fuzz.draws import plans
 from fuzz.plan import SIZES, SMALLEST, Plan, Shape
 from fuzz.related import RECOMPILED_ROWS, pick, recompiled
 from fuzz.strategies import (
@@ -31,7 +32,6 @@ from fuzz.strategies import (
     STYLES,
     expand,
     first_plans,
-    plans,
     styled,
 )
 from fuzz.stream import Stream, first_shapes

@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from fuzz.build import build
+from fuzz.draws import litters
 from fuzz.judge import judge_plan, judge_rejections
 from fuzz.mutants import patched
 from fuzz.mutants.catalogue import EQUIVALENT, MUTANTS, Mutant, model_target, right_target
 from fuzz.mutants.model import Launch
 from fuzz.plan import SMALLEST, Plan, Shape
-from fuzz.strategies import LITTER, litters
+from fuzz.strategies import LITTER
 from fuzz.stream import first_shapes
 from fuzz.targets import Target, load
 from fuzz.worker import why_not
