@@ -48,6 +48,7 @@ _TIER = {
     "long": (3, 3, 33_000, 64),
 }
 _DEEP = (65, 100, 127)
+PLAIN = (0, 1)  # jitters: by the first and second of a word's numbers a target is asked whether it takes the word
 WIDE_SLOT = 256  # kv heads * head_dim of pages of 64 and more, of which a case has four at least
 FEW_HEADS = 4  # of rows that see 33,000 keys
 _SEEN_WHOLE = ("none", "over")  # windows that leave a row every key
@@ -184,8 +185,8 @@ class Stream:
         return self.found[index] if index < len(self.found) else None
 
     def _taken_of(self, choice: Choice) -> Shape | None:
-        """The next shape of a choice, or the plainest, if the target takes it."""
-        tried = (shape_of(choice, jitter) for jitter in (len(self.found), 0))
+        """The next shape of a choice, or one of the plainest, if the target takes it."""
+        tried = (shape_of(choice, jitter) for jitter in (len(self.found), *PLAIN))
         return next((shape for shape in tried if self.taken(shape)), None)
 
     def barred(self) -> list[tuple[Value, ...]]:
@@ -299,7 +300,7 @@ class Stream:
         self.open = [old & new for old, new in zip(self.open, self.beside, strict=True)]
 
     def _takes(self, choice: Choice) -> bool:
-        return allowed(choice) and self.taken(shape_of(choice))
+        return allowed(choice) and any(self.taken(shape_of(choice, jitter)) for jitter in PLAIN)
 
 
 def _drawn(chance: random.Random) -> Choice:
