@@ -321,8 +321,25 @@ def _store(numbers: np.ndarray, seen: np.ndarray, scale: Any, dtype: np.dtype) -
         return numbers.astype(dtype)
     stored = numbers / scale[:, None]
     top = _HUGE[dtype.name]
-    stored = np.clip(np.rint(stored) if dtype == np.int8 else stored, -top, top)
-    return stored.astype(dtype)
+    if dtype == np.int8:
+        return np.clip(np.rint(stored), -top, top).astype(dtype)
+    return _eight_bits(np.clip(stored, -top, top), dtype)
+
+
+def _eight_bits(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """float32 rounded to an 8-bit float, by a table: ml_dtypes rounds one by one, at five times the cost.
+
+    A number is looked up by its upper half, whose last bit says whether anything was cut off: the table's entry is then
+    on the same side of every midpoint of the narrow type.
+    """
+    bits = numbers.view(np.uint32)
+    return _by_upper_half(dtype).take((bits >> 16) | ((bits & 0xFFFF) != 0))
+
+
+@lru_cache(maxsize=2)
+def _by_upper_half(dtype: np.dtype) -> np.ndarray:
+    with np.errstate(all="ignore"):  # infinity and NaN have no entry that is used
+        return (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32).astype(dtype)
 
 
 def _sinks(plan: Plan) -> np.ndarray | None:

@@ -110,7 +110,9 @@ class Target:
         given = case.arrays
         arrays = lent = [None if a is None else np.array(a) for a in given]
         if self.jax_arrays:
-            arrays = [None if a is None else _as_jax(a) for a in lent]
+            import jax
+
+            arrays = [None if a is None else jax.device_put(a) for a in lent]
         try:
             answer = self.call(*arrays, **options)
         except NotImplementedError as refusal:
@@ -124,12 +126,6 @@ class Target:
             if after is not None and not _same_memory(before, after):
                 raise InputChanged(f"{self.name} wrote into its argument {name}")
         return result
-
-
-def _as_jax(array: Any) -> Any:
-    import jax
-
-    return jax.device_put(array)
 
 
 def _same_memory(a: np.ndarray, b: np.ndarray) -> bool:
@@ -265,18 +261,14 @@ def _backend(name: str) -> Target:
         wanted = expected or _pallas_here()
         return next(slot for slot in registry.SLOTS if slot.name == wanted)
 
-    def claim(case: Case) -> Claim:
-        from rpa import registry
-
-        return Claim(**registry.load(slot().name).claim(signature_of(case), _device(name)))
+    def static(case: Case) -> tuple[Any, Any]:
+        return signature_of(case), _device(name)
 
     def supports(case: Case) -> str | None:
-        return _cannot_interpret(name) or _refusal(slot(), signature_of(case), _device(name))
+        return _cannot_interpret(name) or _refusal(slot(), *static(case))
 
-    def ran(case: Case) -> str:
-        return _chosen(signature_of(case), _device(name), platform)
-
-    return Target(name, call, claim, supports, batch_invariant=True, validates=True, ran=ran, returns_lse=True,
+    return Target(name, call, lambda case: _claimed(slot().name, *static(case)), supports, batch_invariant=True,
+                  validates=True, ran=lambda case: _chosen(*static(case), platform), returns_lse=True,
                   expects=expected or _pallas_here(), accepts=_accepted(lambda **everything: None),
                   interpreted=name.startswith("pallas") and _on_cpu())  # fmt: skip
 
@@ -286,6 +278,13 @@ def _refusal(slot: Any, signature: Any, device: Any) -> str | None:
     from rpa import registry
 
     return registry.why_not(slot, signature, device)
+
+
+@lru_cache(maxsize=4096)
+def _claimed(backend: str, signature: Any, device: Any) -> Claim:
+    from rpa import registry
+
+    return Claim(**registry.load(backend).claim(signature, device))
 
 
 @lru_cache(maxsize=4096)
@@ -367,11 +366,12 @@ def signature_of(case: Case) -> Any:
 
 
 def _static(case: Case) -> tuple[Any, ...]:
-    window = None if (case.sliding_window or 0) >= case.capacity else case.sliding_window
-    return (case.num_tokens, case.num_q_heads, case.head_dim, case.num_pages, case.page_size, case.num_kv_heads,
-            case.max_seqs, case.pages_per_seq, dtype_name(case.queries), dtype_name(case.kv_pages),
-            case.compute_dtype or dtype_name(case.queries), case.softmax_aux is not None, case.k_scale is not None,
-            case.v_scale is not None, case.scale, case.logits_soft_cap, window)  # fmt: skip
+    (pages, page, combined, _), (seqs, columns) = case.kv_pages.shape, case.block_tables.shape
+    q_dtype, window = dtype_name(case.queries), case.sliding_window
+    return (*case.queries.shape, pages, page, combined // 2, seqs, columns, q_dtype, dtype_name(case.kv_pages),
+            case.compute_dtype or q_dtype, case.softmax_aux is not None, case.k_scale is not None,
+            case.v_scale is not None, case.scale, case.logits_soft_cap,
+            None if (window or 0) >= columns * page else window)  # fmt: skip
 
 
 @lru_cache(maxsize=1024)

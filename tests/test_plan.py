@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from fuzz import stream
 from fuzz.ahead import Ahead
-from fuzz.build import build, layout_of, refill
+from fuzz.build import _eight_bits, build, layout_of, refill
 from fuzz.coverage import STATIC, Coverage, features, pairs, possible, static_features, valid_pairs
 from fuzz.draws import plans
 from fuzz.plan import SIZES, SMALLEST, Plan, Shape
@@ -301,3 +302,18 @@ def test_the_first_plans_of_a_long_shape_surely_hold_a_long_context_and_few_of_t
         long = [plan for plan in later if max((c for _, c in plan.lengths), default=0) >= FAR - 1]
         windowed = shape.window is not None and shape.window < FAR
         assert len(long) == 64 // (FAR_WINDOWED if windowed else FAR_WHOLE)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_eight_bits_are_those_of_the_cast(name: str) -> None:
+    """Every number of the type, every midpoint of two, the float32 beside each, and numbers of any size."""
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    held = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    held = np.unique(held[np.isfinite(held)])
+    middle = ((held[1:].astype(np.float64) + held[:-1]) / 2).astype(np.float32)
+    beside = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+    chance = np.random.default_rng(0)
+    anything = chance.integers(0, 2**32, 100_000, np.uint32).view(np.float32)
+    anything = np.clip(anything[np.isfinite(anything)], held[0], held[-1])
+    for numbers in (held, -held, middle, *beside, anything):
+        assert np.array_equal(_eight_bits(numbers, dtype).view(np.uint8), numbers.astype(dtype).view(np.uint8))
