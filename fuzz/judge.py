@@ -15,6 +15,7 @@ import numpy as np
 from fuzz.build import build, refill
 from fuzz.errors import origin
 from fuzz.plan import Plan
+from fuzz.strategies import RANDOM_DATA
 from fuzz.targets import InputChanged, Target, Unsupported, WrongBackend
 from oracle import Case, Claim
 from oracle.bound import Analysis, analyse, analyse_all
@@ -25,8 +26,6 @@ Answer = tuple[np.ndarray, np.ndarray | None]  # output, lse
 REPEATS = 20
 ASKED_AGAIN = 4  # calls of a case that is answered wrongly
 TOGETHER = 16  # cases that are held and analysed at once
-# Data whose roundings are independent enough for the probabilistic bound.
-RANDOM_DATA = ("normal", "peaky")
 
 
 @dataclass(frozen=True)

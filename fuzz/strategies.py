@@ -6,6 +6,7 @@ shrinker of `fuzz.shrink` works on the plan, so nothing that is derived here is 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,6 +14,8 @@ from functools import lru_cache
 from fuzz.plan import AMPLITUDES, DATA, HOLES, ROUNDED, TABLES, TYPES, Plan, Shape
 
 MODES = ("mixed", "decode", "prefill", "chunk", "wild")
+# Data whose roundings are independent enough for the probabilistic bound.
+RANDOM_DATA = ("normal", "peaky")
 # Weights by repetition.
 _DATA = (*DATA, "spikes", "spikes", "spikes", "exact", "exact", "exact", "ladder", "normal")
 # Only logits that neither a cap nor a sink holds overflow, or leave nothing.
@@ -29,13 +32,15 @@ STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 def litter(pool: Sequence[Shape], first: int, style: int, seed: int) -> tuple[Plan, ...]:
     """`LITTER` plans of different styles: `MATES` of each of a few shapes of `pool`, in turn.
 
-    What is of one shape is analysed together. In turn, for a bug is found by the shape as often as by the style.
+    What is of one shape, with random data or without, is analysed together: random data goes to as few shapes as hold
+    it. In turn, for a bug is found by the shape as often as by the style.
     """
     shapes = LITTER // MATES
     step = max(1, len(pool) // shapes)
+    styles = sorted(((style + i) % STYLES for i in range(LITTER)), key=lambda style: not _is_random(style))
     return tuple(
-        styled(pool[(first + step * (i % shapes)) % len(pool)], (style + i) % STYLES, (seed + 40_503 * i) % 2**20)
-        for i in range(LITTER)
+        styled(pool[(first + step * shape) % len(pool)], styles[MATES * shape + mate], (seed + 40_503 * i) % 2**20)
+        for i, (mate, shape) in enumerate(itertools.product(range(MATES), range(shapes)))
     )
 
 
@@ -43,6 +48,11 @@ def first_plans(shape: Shape, chance: random.Random, count: int) -> list[Plan]:
     """The first plans of a new shape; one of four at least holds a sequence as long as the shape is for."""
     seeds = [FAR_WHOLE * chance.randrange(2**20 // FAR_WHOLE) + i for i in range(count)]
     return [styled(shape, chance.randrange(STYLES), seed) for seed in seeds]
+
+
+def _is_random(style: int) -> bool:
+    """Whether the data of a style is of those that the probabilistic bound is for."""
+    return _HELD[style * 7919 % STYLES % len(_HELD)] in RANDOM_DATA
 
 
 def styled(shape: Shape, style: int, seed: int) -> Plan:
