@@ -1,8 +1,11 @@
 """Compile what comes next while the present cases are judged: half of a campaign's time is XLA's compiler.
 
 The compiler lets go of Python's lock, so one thread beside the judging one keeps two cores busy; where the judging one
-must wait for a shape, it compiles too. What is compiled when, and by whom, depends on the clock, what is judged does
-not: a case whose shape is not ready waits for it.
+must wait for a shape, it compiles too. (Tracing and lowering, a sixth of a shape's CPU time, hold the lock. Handing it
+over every 0.5 ms instead of every 5 changes nothing; every 20, the judge gets a third less done.)
+
+What is compiled when, and by whom, depends on the clock, what is judged does not: a case whose shape is not ready waits
+for it.
 """
 
 from __future__ import annotations
