@@ -6,7 +6,6 @@ shrinker of `fuzz.shrink` works on the plan, so nothing that is derived here is 
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -38,9 +37,11 @@ def litter(pool: Sequence[Shape], first: int, style: int, seed: int) -> tuple[Pl
     shapes = LITTER // MATES
     step = max(1, len(pool) // shapes)
     styles = sorted(((style + i) % STYLES for i in range(LITTER)), key=lambda style: not _is_random(style))
+    turns = [(mate, shape) for mate in range(MATES) for shape in range(shapes)]
+    seeds = [(seed + 40_503 * (shape + mate * (shapes + 1))) % 2**20 for mate, shape in turns]  # mates' are unlike too
     return tuple(
-        styled(pool[(first + step * shape) % len(pool)], styles[MATES * shape + mate], (seed + 40_503 * i) % 2**20)
-        for i, (mate, shape) in enumerate(itertools.product(range(MATES), range(shapes)))
+        styled(pool[(first + step * shape) % len(pool)], styles[MATES * shape + mate], own)
+        for (mate, shape), own in zip(turns, seeds, strict=True)
     )
 
 
