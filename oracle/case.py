@@ -374,20 +374,21 @@ def _scale(name: str, value, num_kv_heads: int) -> float | np.ndarray:
 
 def _check(case: Case) -> None:
     """The rules without which a case has no answer."""
-    combined, sequences = case.kv_pages.shape[2], case.context_lens.shape[0]
+    (_, heads, head_dim), (_, page, combined, kv_dim) = case.queries.shape, case.kv_pages.shape
+    sequences = case.context_lens.shape[0]
     if combined % 2 or combined == 0:
         raise ValueError(f"kv_pages has {combined} combined heads; it must have a key and a value for each")
-    if case.num_q_heads % case.num_kv_heads:
-        raise ValueError(f"{case.num_q_heads} query heads are no multiple of {case.num_kv_heads} kv heads")
-    if case.kv_pages.shape[3] != case.head_dim or case.head_dim < 1 or case.page_size < 1:
+    if heads % (combined // 2):
+        raise ValueError(f"{heads} query heads are no multiple of {combined // 2} kv heads")
+    if kv_dim != head_dim or head_dim < 1 or page < 1:
         raise ValueError(f"kv_pages has shape {case.kv_pages.shape} for queries of shape {case.queries.shape}")
     if case.block_tables.shape[0] != sequences or case.query_start_loc.shape[0] != sequences + 1:
         raise ValueError(
             f"context_lens, block_tables and query_start_loc have {sequences}, {case.block_tables.shape[0]} and "
             f"{case.query_start_loc.shape[0]} rows; they must have S, S and S + 1"
         )
-    if case.softmax_aux is not None and case.softmax_aux.shape != (case.num_q_heads,):
-        raise ValueError(f"softmax_aux has shape {case.softmax_aux.shape}; it must be [{case.num_q_heads}]")
+    if case.softmax_aux is not None and case.softmax_aux.shape != (heads,):
+        raise ValueError(f"softmax_aux has shape {case.softmax_aux.shape}; it must be [{heads}]")
     if case.softmax_aux is not None and not (case.softmax_aux < np.inf).all():
         raise ValueError(f"softmax_aux = {case.softmax_aux}; a sink must be finite, or -inf for none")
     if not math.isfinite(case.scale):
