@@ -21,7 +21,7 @@ from fuzz.shrink import Shrunk, fitted, same_symptom, shrink, size
 
 ROOT = Path(__file__).parents[1]
 # One of each family, and of each kind of failure.
-SAMPLE = ("causal_plus1", "identity", "no_max", "v_scale_ignored", "no_lse", "lse_base2", "nondeterministic")
+SAMPLE = ("causal_plus1", "identity", "no_max", "v_scale_ignored", "sink_every_split", "lse_base2", "nondeterministic")
 
 # Wrong only when there is another sequence, or thousands of tokens.
 NEEDS_MORE = {"next_len", "row_next", "row0", "table_width_as_seqs", "q_start_off", "last_seq_skipped", "uniform_qlen",
