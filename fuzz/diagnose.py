@@ -21,6 +21,7 @@ from fuzz.mutants import model
 from fuzz.mutants.catalogue import BY_ID, MUTANTS, Mutant
 from fuzz.mutants.model import Launch
 from fuzz.plan import Plan
+from fuzz.strategies import MODES, expand
 from fuzz.targets import Target
 from fuzz.weights import Explained, explain, measured
 from oracle import Case, attend
@@ -64,7 +65,11 @@ class Diagnosis:
 
 
 # What needs no explanation.
-_PLAIN = {"error": "raises on a legal call", "form": "returns no array of the right shape and dtype"}
+_PLAIN = {
+    "error": "raises on a legal call",
+    "form": "returns no array of the right shape and dtype",
+    "zeros": "returns 0 whatever it is given: nothing is computed, or nothing is written",
+}
 UNKNOWN = Diagnosis(None, "unknown", 1.0)
 OTHER_LSE = Explained("lse", "the output is right, and the lse is not", sure=False)
 
@@ -83,6 +88,8 @@ def diagnose(plans: Sequence[Plan], target: Target, judgement: Judgement) -> Dia
         return dataclasses.replace(UNKNOWN, family=seen.family, words=seen.words) if seen else UNKNOWN
     if not lse and not any(e.owned for e in evidence):
         return Diagnosis("dead_rows_garbage", BY_ID["dead_rows_garbage"].group, distance=0.0)
+    if not lse and _only_zeros(evidence, plans[-1], target):
+        return Diagnosis(None, "zeros", distance=0.0)
     if not lse and _only_nan(plans, target):
         leaks = [BY_ID[name] for name in ("minus_one", "v_not_sanitised")]
         best, mutant = _ranked(leaks, evidence, time.process_time() + SECONDS)[0]
@@ -133,6 +140,15 @@ def _only_nan(plans: Sequence[Plan], target: Target) -> bool:
     return leaks and not any(judge_case(build(plan, fill), target).bad for plan in plans for fill in ("huge", "tame"))
 
 
+def _only_zeros(evidence: Sequence[_Evidence], plan: Plan, target: Target) -> bool:
+    """Whether the target returns 0 here, and for other lengths of that shape too: many a bug looks like it once."""
+    if not all(e.zero for e in evidence):
+        return False
+    others = (expand(plan.shape, "normal", mode, "plain", 3, seed) for seed, mode in enumerate(MODES[:3], 1))
+    found = [_evidence(build(other), target, "output") for other in others]
+    return all(e is not None and (e.zero or not e.expected.any()) for e in found)
+
+
 def _keys(plan: Plan) -> int:
     return sum(context for rows, context in plan.lengths if rows)
 
@@ -165,6 +181,11 @@ class _Evidence:
     expected: np.ndarray  # f64
     error: np.ndarray  # f64
     broken: np.ndarray  # bool, where it is not finite
+
+    @property
+    def zero(self) -> bool:
+        """Whether the target returns 0 and nothing else, where something else is right."""
+        return bool(self.expected.any() and not self.broken.any() and (self.error == -self.expected).all())
 
     @property
     def owned(self) -> bool:

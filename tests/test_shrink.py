@@ -9,6 +9,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fuzz.diagnose import diagnose
@@ -18,6 +19,7 @@ from fuzz.mutants.catalogue import BY_ID, MUTANTS, model_target
 from fuzz.plan import SMALLEST, Plan
 from fuzz.repro import LINES, leave
 from fuzz.shrink import Shrunk, fitted, same_symptom, shrink, size
+from fuzz.targets import from_callable
 
 ROOT = Path(__file__).parents[1]
 # One of each family, and of each kind of failure.
@@ -64,6 +66,17 @@ def test_the_diagnosis_names_the_family(name: str) -> None:
     small = smallest(name)
     found = diagnose([small.plan, first_failure(name)[0]], model_target(BY_ID[name]), small.judgement)
     assert found.family == BY_ID[name].group, found
+
+
+def test_a_kernel_that_returns_nothing_but_zeros_is_told_so() -> None:
+    target = from_callable(lambda queries, *others, **options: np.zeros_like(queries), "zeros")
+    plan = next(plan for plan in score.drawn(1, 20) if judge_plan(plan, target).bad)
+    judgement = judge_plan(plan, target)
+    small = shrink(plan, target, judgement)
+    found = diagnose([small.plan, plan], target, small.judgement)
+    assert str(found).startswith("returns 0 whatever it is given")
+    skips = diagnose([small.plan, plan], model_target(BY_ID["last_seq_skipped"]), small.judgement)
+    assert skips.family != "zeros"  # of one sequence it leaves nothing but zeros
 
 
 @pytest.mark.parametrize(
