@@ -31,7 +31,7 @@ CASES = 300
 SECONDS = 60.0
 SHAPES = 24
 # Of a patched kernel: a shape is a compilation, and blocks are longer than most contexts, so cases must be many.
-PATCH_SHAPES, PATCH_CASES = 12, 240
+PATCH_SHAPES, PATCH_CASES = 14, 240
 # In an interpreter a compilation takes 7 CPU seconds and a case half of one; what these leave alive is its proof's.
 INTERPRETED_SHAPES, INTERPRETED_CASES = 3, 30
 # What plays a kernel where its own chip is missing.
