@@ -17,7 +17,7 @@ f32         64-128   2     2       8 page 30 sinks medium unit    lse
 f16            4-8 3-8     1  72-112 one   - sinks small  default -
 f32              1   2 3,5-7    3,20 none  5 -     wide   default -
 bf16            16   1     2       8 few   - -     long   default lse
-int8           4-8   1     2 192-256 none 30 sinks small  default -
+int8           4-8   2     2 192-256 none 30 sinks small  default -
 f32             32   1     2       8 wide  5 sinks long   default lse
 e4m3            16 3-8     1     128 wide  - -     medium odd     lse
 f16             32   2  8-16    3,20 page 30 -     long   unit    -
