@@ -22,8 +22,9 @@ _HELD, _LOOSE = (*_DATA, "exact", "ladder", "normal", "spikes"), (*_DATA, "cliff
 CHECKS = ("second_fill",) * 30 + ("relation",) * 34 + ("plain",) * 55 + ("repeat",)
 CROWDS = 8
 FAR = 2**15  # contexts as long as this are what some shapes are for
-# One case of so many of such a shape holds one: milliseconds a head where its row sees every key, little in a window.
-FAR_WHOLE, FAR_WINDOWED = 8, 2
+# One case of so many of such a shape holds one: little work in a window, else 10 ms, and 50 where queries are wide.
+FAR_WINDOWED, FAR_WHOLE, FAR_WIDE = 2, 8, 32
+WIDE = 32  # query heads * head_dim past which a row is wide here
 LITTER, MATES = 64, 4  # plans of one draw, and how many of them are of one shape
 STYLES = len(_HELD) * len(MODES) * len(CHECKS) * CROWDS
 
@@ -47,7 +48,7 @@ def litter(pool: Sequence[Shape], first: int, style: int, seed: int) -> tuple[Pl
 
 def first_plans(shape: Shape, chance: random.Random, count: int) -> list[Plan]:
     """The first plans of a new shape; one of four at least holds a sequence as long as the shape is for."""
-    seeds = [FAR_WHOLE * chance.randrange(2**20 // FAR_WHOLE) + i for i in range(count)]
+    seeds = [FAR_WIDE * chance.randrange(2**20 // FAR_WIDE) + i for i in range(count)]
     return [styled(shape, chance.randrange(STYLES), seed) for seed in seeds]
 
 
@@ -102,7 +103,14 @@ def _count(chance: random.Random, crowd: int, seqs: int) -> int:
 
 def is_far(shape: Shape, seed: int) -> bool:
     """Whether the plan of a seed holds a sequence as long as its shape is for."""
-    return shape.capacity > FAR and seed % (FAR_WINDOWED if _windowed(shape) else FAR_WHOLE) == 0
+    return shape.capacity > FAR and seed % far_of(shape) == 0
+
+
+def far_of(shape: Shape) -> int:
+    """One case of how many of a long shape holds a long context."""
+    if _windowed(shape):
+        return FAR_WINDOWED
+    return FAR_WIDE if shape.q_heads * shape.head_dim > WIDE else FAR_WHOLE
 
 
 def _windowed(shape: Shape) -> bool:
@@ -114,7 +122,7 @@ def _far(chance: random.Random, shape: Shape, data: str) -> tuple[int, int]:
     edges = (FAR - 1, FAR, FAR, FAR + 1, FAR + 200, shape.capacity, shape.capacity - 1)
     if data == "exact" and not _windowed(shape):
         edges = (FAR,)  # a power of two
-    rows = chance.choice((1, 1, 2)) if _windowed(shape) or shape.q_heads == 1 else 1
+    rows = chance.choice((1, 1, 2)) if _windowed(shape) else 1
     return rows, chance.choice(edges)
 
 

@@ -27,11 +27,10 @@ from fuzz.related import RECOMPILED_ROWS, pick, recompiled
 from fuzz.strategies import (
     CHECKS,
     FAR,
-    FAR_WHOLE,
-    FAR_WINDOWED,
     MODES,
     STYLES,
     expand,
+    far_of,
     first_plans,
     styled,
 )
@@ -300,8 +299,7 @@ def test_the_first_plans_of_a_long_shape_surely_hold_a_long_context_and_few_of_t
         assert any(rows and context >= FAR - 1 for plan in first for rows, context in plan.lengths)
         later = [styled(shape, 17 * i, seed + 40_503 * i) for i in range(64)]
         long = [plan for plan in later if max((c for _, c in plan.lengths), default=0) >= FAR - 1]
-        windowed = shape.window is not None and shape.window < FAR
-        assert len(long) == 64 // (FAR_WINDOWED if windowed else FAR_WHOLE)
+        assert len(long) == 64 // far_of(shape)
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
