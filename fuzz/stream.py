@@ -48,7 +48,10 @@ _TIER = {
     "long": (3, 3, 33_000, 64),
 }
 _DEEP = (65, 100, 127)
-PLAIN = (0, 1)  # jitters: by the first and second of a word's numbers a target is asked whether it takes the word
+# Jitters that choose of a word's numbers, whatever it costs, the second, and the one of most factors of two. By these
+# and the plainest a target is asked whether it takes the word.
+SECOND, ROUNDEST = -1, -2
+ASKED = (0, SECOND, ROUNDEST)
 WIDE_SLOT = 256  # kv heads * head_dim of pages of 64 and more, of which a case has four at least
 FEW_HEADS = 4  # of rows that see 33,000 keys
 _SEEN_WHOLE = ("none", "over")  # windows that leave a row every key
@@ -104,6 +107,10 @@ def _least(choice: Choice, axis: str) -> int:
 
 def _numbers(choice: Choice, jitter: int) -> tuple[int, int, int, int]:
     """(page, kv heads, group, head size): of a word's numbers one that costs little more than the plainest."""
+    if jitter < 0:
+        pick = _second if jitter == SECOND else _roundest
+        page, kv_heads, group, head_dim = (pick(sizes(a, choice[a])) for a in ("page", "kv_heads", "group", "head_dim"))
+        return page, kv_heads, group, head_dim
     found = {axis: _least(choice, axis) for axis in ("head_dim", "group", "kv_heads")}
     most = _TIER[choice["tier"]][3] if choice["tier"] != "long" else 0
     for turn, axis in enumerate(found, 1):
@@ -113,6 +120,14 @@ def _numbers(choice: Choice, jitter: int) -> tuple[int, int, int, int]:
         found[axis] = fit[jitter // turn % len(fit)]
     pages = [n for n in sizes("page", choice["page"]) if n <= 64 or _product(found) <= WIDE_SLOT // 4]
     return pages[jitter % len(pages)], found["kv_heads"], found["group"], found["head_dim"]
+
+
+def _second(numbers: tuple[int, ...]) -> int:
+    return numbers[:2][-1]
+
+
+def _roundest(numbers: tuple[int, ...]) -> int:
+    return max(numbers, key=lambda n: n & -n)
 
 
 def _product(found: dict[str, int]) -> int:
@@ -160,6 +175,7 @@ class Stream:
         self.triples: dict[tuple[int, int], int] = {}  # of each pair of values: those that have stood with it
         self.wanting: list[list[int]] = []  # of two values: how many pairs of their axes are new
         self.narrowed = False
+        self.ended = False
 
     def shapes(self) -> Iterator[Shape]:
         """The shapes in their order; it ends only for a target that takes none."""
@@ -172,7 +188,7 @@ class Stream:
     def shape(self, index: int) -> Shape | None:
         """Shape `index`, or None where the target takes so few that none was found."""
         refusals = 0
-        while len(self.found) <= index and refusals < PATIENCE:
+        while len(self.found) <= index and not self.ended:
             choice = self.opening.pop(0) if self.opening else self._next()
             shape = None if choice is None else self._taken_of(choice)
             if choice is not None and shape is not None:
@@ -180,13 +196,14 @@ class Stream:
                 self.found.append(shape)
                 continue
             refusals += 1
+            self.ended = refusals == PATIENCE
             if not self.narrowed:
                 self._narrow()
         return self.found[index] if index < len(self.found) else None
 
     def _taken_of(self, choice: Choice) -> Shape | None:
-        """The next shape of a choice, or one of the plainest, if the target takes it."""
-        tried = (shape_of(choice, jitter) for jitter in (len(self.found), *PLAIN))
+        """The next shape of a choice, or one of those that are asked for, if the target takes it."""
+        tried = (shape_of(choice, jitter) for jitter in (len(self.found), *ASKED))
         return next((shape for shape in tried if self.taken(shape)), None)
 
     def barred(self) -> list[tuple[Value, ...]]:
@@ -278,15 +295,20 @@ class Stream:
     def _narrow(self) -> None:
         """Find the values and pairs that the target takes: by drawing, then by setting them in what it has taken."""
         self.narrowed, chance = True, random.Random(0)
-        tried = (_drawn(chance) for _ in range(PROBES))
+        tried = (*_opening(), *(_drawn(chance) for _ in range(PROBES)))
         kept = sorted((choice for choice in tried if self._takes(choice)), key=_width)
         by_value: dict[int, Choice] = {}
+        seen = [0] * len(VALUES)  # of each value: those that it was taken with
         for choice in kept:
+            mask = sum(1 << _ID[item] for item in choice.items())
             for item in choice.items():
                 by_value.setdefault(_ID[item], choice)
+                seen[_ID[item]] |= mask
         self.least = tuple(kept[:4])
 
         def together(v: int, w: int) -> bool:
+            if (seen[v] >> w) & 1:
+                return True
             bases = [by_value[u] for u in (v, w) if u in by_value] + kept[:4]
             return any(self._takes({**base, VALUES[v][0]: VALUES[v][1], VALUES[w][0]: VALUES[w][1]}) for base in bases)
 
@@ -300,7 +322,7 @@ class Stream:
         self.open = [old & new for old, new in zip(self.open, self.beside, strict=True)]
 
     def _takes(self, choice: Choice) -> bool:
-        return allowed(choice) and any(self.taken(shape_of(choice, jitter)) for jitter in PLAIN)
+        return allowed(choice) and any(self.taken(shape_of(choice, jitter)) for jitter in ASKED)
 
 
 def _drawn(chance: random.Random) -> Choice:

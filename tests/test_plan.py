@@ -181,8 +181,35 @@ def test_a_kernel_that_takes_little_is_given_what_it_takes_in_all_pairs() -> Non
     assert held(shapes) == wanted
 
 
-def test_a_kernel_that_takes_nothing_ends_the_stream() -> None:
-    assert first_shapes(0, 5, lambda shape: False) == ()
+def tensor_cores(shape: Shape) -> bool:
+    """A kernel whose products want whole tiles: it takes the second of a word's head sizes, if not beside int8."""
+    tile = 64 if shape.types == "int8" else 16
+    return shape.types in ("bf16", "f16", "int8") and shape.page % 8 == 0 and shape.head_dim % tile == 0
+
+
+def powers_of_two(shape: Shape) -> bool:
+    """A kernel that takes neither the first nor the second number of some words."""
+    return all(n & (n - 1) == 0 for n in (shape.page, shape.kv_heads, shape.group, shape.head_dim))
+
+
+@pytest.mark.parametrize("taken", [tensor_cores, powers_of_two])
+def test_a_kernel_that_takes_some_numbers_of_a_word_is_given_shapes_without_end(taken) -> None:
+    picky = Stream(0, taken)
+    shapes = [picky.shape(index) for index in range(100)]
+    assert all(shape is not None and taken(shape) for shape in shapes)
+    assert not picky.ended
+    barred = set(picky.barred())
+    assert (("head_dim", "72-112"),) in barred if taken is powers_of_two else (("kv_heads", "3-8"),) not in barred
+    assert held(shapes) == {p for p in STATIC_PAIRS if not {p, p[:1], p[1:]} & barred}
+
+
+def test_a_kernel_that_takes_nothing_ends_the_stream_for_good() -> None:
+    asked = []
+    stream = Stream(0, lambda shape: asked.append(shape) or False)
+    assert stream.shape(0) is None
+    questions = len(asked)
+    assert stream.shape(0) is None
+    assert len(asked) == questions
 
 
 @pytest.mark.parametrize("seed", range(4))
