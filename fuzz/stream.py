@@ -22,7 +22,7 @@ Choice = dict[str, Any]  # axis -> value
 Taken = Callable[[Shape], bool]  # whether a target takes a shape
 
 DRAFTS = 40
-PROBES = 1500  # choices drawn to find what a target takes
+PROBES = 750  # choices drawn, and as many of them with one head, to find what a target takes
 PATIENCE = 400  # refusals in a row that end the stream
 
 # Features of a shape that a pair may be asked of; the tier stands for tokens, sequences and table width.
@@ -295,7 +295,9 @@ class Stream:
     def _narrow(self) -> None:
         """Find the values and pairs that the target takes: by drawing, then by setting them in what it has taken."""
         self.narrowed, chance = True, random.Random(0)
-        tried = (*_opening(), *(_drawn(chance) for _ in range(PROBES)))
+        drawn = [_drawn(chance) for _ in range(PROBES)]
+        single = ({**choice, "kv_heads": 1, "group": 1} for choice in drawn)  # hardly another may be long
+        tried = (*_opening(), *drawn, *single)
         kept = sorted((choice for choice in tried if self._takes(choice)), key=_width)
         by_value: dict[int, Choice] = {}
         seen = [0] * len(VALUES)  # of each value: those that it was taken with
