@@ -16,10 +16,11 @@ from fuzz.plan import Plan
 from fuzz.related import pick
 from fuzz.targets import ADAPTERS, BACKENDS, Target
 from oracle import Case
-from oracle.case import array_literal
+from oracle.case import array_literal, nested_literal
 
 LINES = 25
 SEED_LIMIT = 400  # numbers past which an array travels in case.npz, not in the text
+FEW_NUMBERS, FEW_SLOTS = 32, 8  # a longer array of which few slots differ is told by those
 
 
 def simplified(case: Case, target: Target, judgement: Judgement) -> Case:
@@ -116,7 +117,8 @@ def _arguments(case: Case, target: Target, lse: bool = False) -> list[str]:
     ):
         value = getattr(case, name)
         file = f'__import__("oracle").Case.load(__file__.replace("reproduce.py", "case.npz")).{name}'
-        lines.append(f"{short} = {file if value.size > SEED_LIMIT else array_literal(value)}  # {words}")
+        whole = file if value.size > SEED_LIMIT else array_literal(value)
+        lines.append(f"{_mostly_alike(short, value) or f'{short} = {whole}'}  # {words}")
     metadata = ", ".join(array_literal(a) for a in (case.context_lens, case.block_tables, case.query_start_loc))
     lines.append(f"context_lens, tables, starts = {metadata}")
     sinks = "None" if case.softmax_aux is None else array_literal(case.softmax_aux)
@@ -125,6 +127,20 @@ def _arguments(case: Case, target: Target, lse: bool = False) -> list[str]:
     options |= {"platform": target.name} if target.name in _PUBLIC else {}
     lines.append(f"options = dict({', '.join(f'{name}={_plain(value)}' for name, value in options.items())})")
     return lines
+
+
+def _mostly_alike(name: str, array: np.ndarray) -> str | None:
+    """An array of which all slots but few hold one number: that number, then those slots. None for another."""
+    if array.size <= FEW_NUMBERS:
+        return None
+    bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+    numbers, first, counts = np.unique(bits, return_index=True, return_counts=True)
+    usual = counts.argmax()
+    odd = np.argwhere((bits != numbers[usual]).any(axis=(2, 3)[: array.ndim - 2]))
+    if not 0 < len(odd) <= FEW_SLOTS or len(odd) * array[0, 0].size > SEED_LIMIT:
+        return None
+    fill = array_literal(np.full(array.shape, array.reshape(-1)[first[usual]]))
+    return "; ".join([f"{name} = {fill}", *(f"{name}[{i}, {j}] = {nested_literal(array[i, j])}" for i, j in odd)])
 
 
 def _plain(value: object) -> str:

@@ -317,14 +317,15 @@ def array_literal(array: np.ndarray) -> str:
     flat = array.reshape(-1)
     if flat.size > 1 and len(np.unique(np.ascontiguousarray(flat).view(f"u{array.dtype.itemsize}"))) == 1:
         return f"np.full({array.shape}, {_number(flat[0])}, {dtype})"
-    text = f"np.array({_nested(array)}, {dtype})"
+    text = f"np.array({nested_literal(array)}, {dtype})"
     return text if array.size else f"np.zeros({array.shape}, {dtype})"
 
 
-def _nested(array: np.ndarray) -> str:
+def nested_literal(array: np.ndarray) -> str:
+    """Python source of an array's numbers, without its dtype."""
     if array.ndim == 0:
         return _number(array[()])
-    return "[" + ", ".join(map(_nested, array)) + "]"
+    return "[" + ", ".join(map(nested_literal, array)) + "]"
 
 
 def _number(value) -> str:

@@ -9,6 +9,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from fuzz.judge import Judgement, judge_plan, judge_rejections
 from fuzz.mutants import score
 from fuzz.mutants.catalogue import BY_ID, MUTANTS, model_target
 from fuzz.plan import SMALLEST, Plan
-from fuzz.repro import LINES, leave
+from fuzz.repro import LINES, _mostly_alike, leave
 from fuzz.shrink import Shrunk, fitted, same_symptom, shrink, size
 from fuzz.targets import from_callable
 
@@ -106,6 +107,21 @@ def test_the_reproducer_is_short_runs_alone_and_says_what_is_wrong(name: str, tm
             "v_not_sanitised": "each NaN: got=-1", "sink_ignored": "as if the sink were missing"}  # fmt: skip
     said = said.get(name, "expected=")
     assert said in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8], ids=lambda dtype: np.dtype(dtype).name)
+def test_a_large_page_is_told_by_the_few_slots_that_hold_something(dtype) -> None:
+    pages = np.full((3, 64, 2, 4), 7 if dtype is np.int8 else np.nan).astype(dtype)
+    pages[1, 5], pages[2, 63, 1] = [[1, 2, 3, 4], [-1, 0, 0, 2]], 5
+    told = _mostly_alike("kv", pages)
+    assert told is not None
+    assert len(told) < 200
+    names = {"np": np, "ml_dtypes": ml_dtypes}
+    exec(told, names)  # as somebody runs the script
+    found = np.asarray(names["kv"])
+    assert found.dtype == pages.dtype
+    assert found.tobytes() == pages.tobytes()
+    assert _mostly_alike("kv", np.arange(384, dtype=np.float32).reshape(pages.shape[:3])) is None
 
 
 def test_a_fitted_plan_keeps_its_lengths_and_loses_the_rest() -> None:
