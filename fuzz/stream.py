@@ -166,9 +166,11 @@ class Stream:
         self.chance = random.Random(seed)
         self.taken = taken or (lambda shape: True)
         self.found: list[Shape] = []
-        rest = list(_opening()[FIRST:])
+        # With jitters of their own: the same shapes for all seeds, whose programs are kept. From a number at which no
+        # other than the sixth has the rows for which relations compile.
+        first, rest = list(enumerate(_opening()[:FIRST])), list(enumerate(_opening()[FIRST:], FIRST + 1))
         self.chance.shuffle(rest)
-        self.opening = [*_opening()[:FIRST], *rest]
+        self.opening = first + rest
         self.least = _LEAST
         self.beside = list(_beside())  # of each value: those that it may stand with
         self.open = list(self.beside)  # of each value: those that it has not stood with yet
@@ -189,8 +191,8 @@ class Stream:
         """Shape `index`, or None where the target takes so few that none was found."""
         refusals = 0
         while len(self.found) <= index and not self.ended:
-            choice = self.opening.pop(0) if self.opening else self._next()
-            shape = None if choice is None else self._taken_of(choice)
+            jitter, choice = self.opening.pop(0) if self.opening else (len(self.found), self._next())
+            shape = None if choice is None else self._taken_of(choice, jitter)
             if choice is not None and shape is not None:
                 self._count(choice)
                 self.found.append(shape)
@@ -201,9 +203,9 @@ class Stream:
                 self._narrow()
         return self.found[index] if index < len(self.found) else None
 
-    def _taken_of(self, choice: Choice) -> Shape | None:
+    def _taken_of(self, choice: Choice, jitter: int) -> Shape | None:
         """The next shape of a choice, or one of those that are asked for, if the target takes it."""
-        tried = (shape_of(choice, jitter) for jitter in (len(self.found), *ASKED))
+        tried = (shape_of(choice, jitter) for jitter in (jitter, *ASKED))
         return next((shape for shape in tried if self.taken(shape)), None)
 
     def barred(self) -> list[tuple[Value, ...]]:

@@ -136,6 +136,13 @@ def test_fifty_two_shapes_hold_every_pair_of_static_features(seed: int) -> None:
     assert held(first_shapes(seed, 52)) == STATIC_PAIRS
 
 
+def test_campaigns_of_any_seed_begin_with_the_same_shapes_in_another_order() -> None:
+    """What was compiled for one is kept for the next."""
+    one, other = first_shapes(0, 52), first_shapes(5, 52)
+    assert one != other
+    assert set(one) == set(other)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_a_word_stands_for_is_in_a_campaign_by_each_of_its_numbers_or_the_plainest(seed: int) -> None:
     """Big pages, groups of 5 to 7 and head sizes past 128 are where a kernel may be wrong alone."""
