@@ -123,20 +123,12 @@ def _covered(start, stop, rows: int):
     return jnp.any((row >= start) & (row < stop), axis=1)
 
 
-SHORT = 1024  # numbers whose running sum or maximum is one reduction of their square: XLA makes many loops of another
-
-
-def running_sum(numbers):
-    """int32 [..., n] -> the same: the sum of each and all before it."""
-    return jnp.sum(_so_far(numbers, 0), axis=-1) if numbers.shape[-1] <= SHORT else jnp.cumsum(numbers, axis=-1)
+SHORT = 1024  # numbers whose running maximum is one reduction of their square: XLA makes many loops of another
 
 
 def running_max(numbers):
     """int32 [n] of which the first is not negative -> [n]: the largest of each and all before it."""
-    return jnp.max(_so_far(numbers, 0), axis=-1) if numbers.shape[-1] <= SHORT else jax.lax.cummax(numbers)
-
-
-def _so_far(numbers, neutral: int):
-    """[..., n, n]: in row `i` the numbers up to and with `i`."""
-    index = jnp.arange(numbers.shape[-1])
-    return jnp.where(index <= index[:, None], numbers[..., None, :], neutral)
+    if numbers.shape[0] > SHORT:
+        return jax.lax.cummax(numbers)
+    index = jnp.arange(numbers.shape[0])
+    return jnp.max(jnp.where(index <= index[:, None], numbers, 0), axis=1)
